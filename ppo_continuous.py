@@ -1,0 +1,601 @@
+"""Proximal Policy Optimization for continuous actions, the whole algorithm in one file.
+
+    python ppo_continuous.py --env-id HalfCheetah-v5 --seed 1
+
+The PPO of openai/baselines [ppo2] as described by "The 37 Implementation Details of PPO" [37].
+A tag such as [C5] marks the line that implements a detail: C = core, A = Atari, R = robotics,
+X = optional. `grep -n "\\[R" ppo_continuous.py` lists them; docs/details.md explains them.
+
+Notation, used without exception below
+    T = num_steps         steps per environment in a rollout
+    N = num_envs          environments stepped in parallel
+    B = T * N             transitions in a rollout, the batch
+    M = B / minibatches   transitions in a minibatch
+    values[t] = V(s_t)    dones[t] = 1 if the episode ended with action t
+
+Left out on purpose: shared networks, recurrence, several GPUs, TensorBoard.
+Added to [ppo2]: an episode cut off by a time limit is bootstrapped from its last observation.
+
+References
+    [PPO]   Schulman et al. 2017, Proximal Policy Optimization Algorithms, arXiv:1707.06347
+    [GAE]   Schulman et al. 2016, High-Dimensional Continuous Control Using GAE, arXiv:1506.02438
+    [37]    Huang et al. 2022, The 37 Implementation Details of PPO, ICLR Blog Track
+    [ppo2]  github.com/openai/baselines at commit ea25b9e
+"""
+
+# /// script
+# requires-python = ">=3.11"
+# dependencies = [
+#   "gymnasium[mujoco,atari,classic-control]==1.4.0",
+#   "numpy==2.4.6",
+#   "torch==2.13.0",
+#   "tqdm==4.70.1",
+#   "tyro==1.0.17",
+#   "wandb==0.31.0",
+# ]
+# ///
+
+import dataclasses
+import difflib
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+import time
+from collections import deque
+from pathlib import Path
+from typing import Literal
+
+import gymnasium as gym
+import numpy as np
+import torch
+import tyro
+from torch import nn
+from torch.distributions import Independent, Normal
+from tqdm import tqdm
+
+# ------------------------------------------------------------------------------------------------
+# Configuration
+
+
+@dataclasses.dataclass(frozen=True)
+class Args:
+    exp_name: str = Path(__file__).stem  # name of the experiment, part of the run's name
+    seed: int = 1  # seed of everything random
+    torch_deterministic: bool = True  # only deterministic cuDNN kernels
+    cuda: bool = True  # use the GPU if there is one
+    torch_threads: int = 1  # CPU threads of torch; networks this small are slower with more
+    checkpoint_every: int = 100  # iterations between checkpoints
+    track: bool = False  # log to Weights & Biases, too
+    wandb_project_name: str = "ppo37"  # W&B project
+    wandb_entity: str | None = None  # W&B team; None: your own account
+
+    env_id: str = "HalfCheetah-v5"  # Gymnasium id of the environment
+    total_timesteps: int = 1_000_000  # actions taken in total
+    vectorization: Literal["sync", "async"] = "sync"  # one process, or one for each environment
+    num_envs: int = 1  # N, environments stepped in parallel [C1]
+    num_steps: int = 2048  # T, steps per environment in a rollout
+    gamma: float = 0.99  # discount factor
+    gae_lambda: float = 0.95  # bias against variance of the advantage estimate [C5]
+    bootstrap_truncation: bool = True  # a time limit is not death; off: as Baselines
+
+    update_epochs: int = 10  # passes over the batch per rollout
+    num_minibatches: int = 32  # minibatches per pass [C6]
+    learning_rate: float = 3e-4  # step size of Adam at the start [C4]
+    anneal_lr: bool = True  # lower the learning rate linearly to zero [C4]
+    norm_adv: bool = True  # normalize advantages in each minibatch [C7]
+    clip_coef: float = 0.2  # epsilon, how far the policy may move per rollout [C8]
+    clip_vloss: bool = True  # keep the value function within epsilon, too [C9]
+    ent_coef: float = 0.0  # c2, weight of the entropy bonus [C10]
+    vf_coef: float = 0.5  # c1, weight of the value loss [C10]
+    max_grad_norm: float = 0.5  # global norm the gradient is clipped to [C11]
+    target_kl: float | None = None  # end the update after an epoch with a larger KL [X3]
+
+    @property
+    def batch_size(self) -> int:
+        return self.num_envs * self.num_steps
+
+    @property
+    def minibatch_size(self) -> int:
+        return self.batch_size // self.num_minibatches
+
+    @property
+    def num_iterations(self) -> int:
+        return self.total_timesteps // self.batch_size
+
+
+# ------------------------------------------------------------------------------------------------
+# Environment
+
+
+class RunningMeanStd:
+    """Mean and variance of all samples seen so far, by the parallel algorithm of Chan et al. 1979.
+
+    float64 [*shape]; mean 0, variance 1 and count 1e-4 at the start, as in [ppo2].
+    """
+
+    def __init__(self, shape=()):
+        self.mean, self.var, self.count = np.zeros(shape), np.ones(shape), 1e-4
+
+    def update(self, x):
+        """x [n, *shape], n new samples"""
+        delta, count = x.mean(0) - self.mean, self.count + len(x)
+        m2 = self.var * self.count + x.var(0) * len(x) + delta**2 * self.count * len(x) / count
+        self.mean, self.var, self.count = self.mean + delta * len(x) / count, m2 / count, count
+
+
+class VecNormalize(gym.vector.VectorWrapper):
+    """Running normalization of observations and rewards, one set of statistics for all envs.
+
+    Observations come out as float32 [N, obs_dim]; actions go in as float32 [N, action_dim].
+    """
+
+    def __init__(self, env: gym.vector.VectorEnv, gamma: float):
+        super().__init__(env)
+        self.bounds = env.single_action_space
+        shape = env.single_observation_space.shape
+        self.single_observation_space = gym.spaces.Box(-10, 10, shape, np.float32)
+        self.single_action_space = gym.spaces.Box(
+            -np.inf, np.inf, (np.prod(self.bounds.shape, dtype=int),)
+        )
+        self.gamma = gamma
+        self.obs_rms, self.return_rms = RunningMeanStd(shape), RunningMeanStd()
+        self.returns = np.zeros(env.num_envs)
+
+    def reset(self, **kwargs):
+        obs, info = self.env.reset(**kwargs)
+        self.returns[:] = 0.0
+        self.obs_rms.update(obs)
+        return self.normalize(obs), info
+
+    def step(self, action):
+        action = action.reshape(self.num_envs, *self.bounds.shape)
+        action = action.clip(self.bounds.low, self.bounds.high)  # [R5] the rollout keeps the sample
+        obs, reward, terminated, truncated, info = self.env.step(action)
+
+        self.obs_rms.update(obs)
+        if "final_obs" in info:  # normalized like any other, but never counted
+            for i in np.flatnonzero(info["_final_obs"]):
+                info["final_obs"][i] = self.normalize(info["final_obs"][i])
+
+        self.returns = self.returns * self.gamma + reward  # with the gamma of the agent
+        self.return_rms.update(self.returns)
+        self.returns[terminated | truncated] = 0.0
+        reward = reward / np.sqrt(self.return_rms.var + 1e-8)  # [R8] scaled, not centred
+        reward = reward.clip(-10, 10)  # [R9]
+        return self.normalize(obs), reward, terminated, truncated, info
+
+    def normalize(self, obs):
+        """obs [*, obs_dim] -> float32 [*, obs_dim], with the statistics as they are"""
+        obs = (obs - self.obs_rms.mean) / np.sqrt(self.obs_rms.var + 1e-8)  # [R6]
+        return obs.clip(-10, 10).astype(np.float32)  # [R7]
+
+    def state_dict(self) -> dict:
+        """The statistics as tensors, for the checkpoint."""
+        rms = {"obs": self.obs_rms, "return": self.return_rms}
+        return {k: {n: torch.as_tensor(x) for n, x in vars(v).items()} for k, v in rms.items()}
+
+
+def preprocess(env: gym.Env) -> gym.Env:
+    """Observations become one vector."""
+    env = gym.wrappers.RecordEpisodeStatistics(env)  # innermost: true returns and lengths
+    if not isinstance(env.action_space, gym.spaces.Box):
+        kind = type(env.action_space).__name__
+        hint = "use ppo_discrete.py" if kind == "Discrete" else "no script here has it"
+        raise gym.error.Error(f"ppo_continuous.py needs Box actions, not {kind}: {hint}")
+    space = env.observation_space
+    if not (isinstance(space, gym.spaces.Box) and len(space.shape) == 1):
+        env = gym.wrappers.FlattenObservation(env)  # Dict, Tuple, Discrete, images
+    return env
+
+
+def make_envs(args: Args) -> gym.vector.VectorEnv:
+    """N environments in lockstep; when one ends, it returns the first observation of the next."""
+    envs = gym.make_vec(
+        args.env_id,
+        num_envs=args.num_envs,  # [C1]
+        vectorization_mode=args.vectorization,
+        vector_kwargs={"autoreset_mode": gym.vector.AutoresetMode.SAME_STEP, "copy": False},
+        wrappers=[preprocess],
+    )
+    return VecNormalize(envs, args.gamma)
+
+
+# ------------------------------------------------------------------------------------------------
+# Policy and value function
+
+
+def layer_init(layer, gain=2**0.5):
+    """[C2] Orthogonal weights scaled by `gain`, zero bias."""
+    nn.init.orthogonal_(layer.weight, gain)
+    nn.init.zeros_(layer.bias)
+    return layer
+
+
+def mlp(inputs, outputs, gain):
+    """Two hidden layers of 64 tanh units; `gain` scales the last layer."""
+    return nn.Sequential(
+        layer_init(nn.Linear(inputs, 64)),
+        nn.Tanh(),
+        layer_init(nn.Linear(64, 64)),
+        nn.Tanh(),
+        layer_init(nn.Linear(64, outputs), gain=gain),
+    )
+
+
+class Agent(nn.Module):
+    """[C13] [R4] Separate networks for the policy and the value function."""
+
+    def __init__(self, envs: gym.vector.VectorEnv):
+        super().__init__()
+        (obs_dim,) = envs.single_observation_space.shape
+        (action_dim,) = envs.single_action_space.shape
+        self.actor = mlp(obs_dim, action_dim, gain=0.01)
+        self.critic = mlp(obs_dim, 1, gain=1.0)
+        self.log_std = nn.Parameter(torch.zeros(action_dim))  # [R2] the same in every state
+
+    def policy(self, obs):
+        """obs float32 [*, obs_dim] -> distribution over actions [*, action_dim]"""
+        normal = Normal(self.actor(obs), self.log_std.exp(), validate_args=False)  # [R1]
+        return Independent(normal, 1, validate_args=False)  # [R3] sums over action components
+
+    def forward(self, obs):
+        """obs float32 [*, obs_dim] -> distribution over actions [*, action_dim], values [*]"""
+        return self.policy(obs), self.critic(obs).squeeze(-1)
+
+
+# ------------------------------------------------------------------------------------------------
+# The algorithm
+
+
+def act(agent, obs):
+    """Sample a_t ~ pi(.|s_t). obs [N, ...] -> actions [N, ...]"""
+    with torch.inference_mode():
+        return agent.policy(obs).sample()
+
+
+def gae(rewards, values, next_values, dones, gamma, gae_lambda):
+    """[C5] Generalized advantage estimation, [PPO] equations 11 and 12, run backwards.
+
+        delta_t = r_t + gamma V(s_{t+1}) - V(s_t)
+        A_t     = delta_t + gamma lambda A_{t+1}, with A_{t+1} = 0 where the episode ended
+
+    next_values[t] is V(s_{t+1}): 0 if the episode terminated with action t, the value of its
+    last observation if it was only cut off. All arrays [T, N] -> advantages [T, N]
+    """
+    deltas = rewards + gamma * next_values - values
+    advantages = np.zeros_like(deltas)
+    advantage = np.zeros_like(deltas[0])
+    for t in reversed(range(len(deltas))):
+        advantage = deltas[t] + gamma * gae_lambda * (1.0 - dones[t]) * advantage
+        advantages[t] = advantage
+    return advantages
+
+
+def ppo_loss(agent, minibatch, clip_coef, ent_coef, vf_coef, norm_adv, clip_vloss):
+    """The objective of [PPO] equation 9, negated.
+
+        L = E[ min(r A, clip(r, 1 - eps, 1 + eps) A) - c1 (V - R)^2 / 2 + c2 S ]
+
+    with r = pi(a|s) / pi_old(a|s). minibatch: obs [M, ...], actions [M, ...], and, each [M], log
+    pi_old(a|s), V_old(s), A and R. clip_coef (eps) and ent_coef (c2) are 0-d tensors, so that
+    annealing them never recompiles. -> loss [], dict of statistics [] without gradient
+    """
+    obs, actions, logprobs, values, advantages, returns = minibatch
+    policy, new_values = agent(obs)
+    logratio = policy.log_prob(actions) - logprobs
+    ratio = logratio.exp()
+
+    if norm_adv:  # [C7] with the population's standard deviation, as numpy and [ppo2]
+        advantages = (advantages - advantages.mean()) / (advantages.std(correction=0) + 1e-8)
+    clipped_ratio = ratio.clamp(1 - clip_coef, 1 + clip_coef)
+    policy_loss = -torch.min(ratio * advantages, clipped_ratio * advantages).mean()  # [C8]
+
+    value_losses = (new_values - returns) ** 2
+    if clip_vloss:  # [C9] the worse of the two, so that clipping cannot hide an error
+        clipped_values = values + (new_values - values).clamp(-clip_coef, clip_coef)
+        value_losses = torch.max(value_losses, (clipped_values - returns) ** 2)
+    value_loss = 0.5 * value_losses.mean()
+
+    entropy = policy.entropy().mean()
+    loss = policy_loss + vf_coef * value_loss - ent_coef * entropy  # [C10]
+
+    with torch.no_grad():
+        stats = {  # [C12] what to watch
+            "loss": loss,
+            "policy_loss": policy_loss,
+            "value_loss": value_loss,
+            "entropy": entropy,
+            "old_approx_kl": -logratio.mean(),  # k1 and k3 of joschu.net/blog/kl-approx.html
+            "approx_kl": ((ratio - 1) - logratio).mean(),
+            "clipfrac": ((ratio - 1).abs() > clip_coef).float().mean(),
+        }
+    return loss, {name: value.detach() for name, value in stats.items()}
+
+
+# ------------------------------------------------------------------------------------------------
+# Training
+
+
+def train(args: Args) -> Agent:
+    """Learn `args.env_id`, leave a folder under runs/ behind, return the trained agent."""
+    # setup
+    torch.manual_seed(args.seed)
+    torch.backends.cudnn.deterministic = args.torch_deterministic
+    torch.set_num_threads(args.torch_threads)
+    device = torch.device("cuda" if torch.cuda.is_available() and args.cuda else "cpu")
+    envs = make_envs(args)
+    agent = Agent(envs).to(device)
+    lr = torch.tensor(args.learning_rate, device=device)
+    clip_coef = torch.tensor(args.clip_coef, device=device)
+    ent_coef = torch.tensor(args.ent_coef, device=device)
+    coefficients = (clip_coef, ent_coef, args.vf_coef, args.norm_adv, args.clip_vloss)
+    optimizer = torch.optim.Adam(agent.parameters(), lr=lr, eps=1e-5, fused=True)  # [C3]
+
+    # rollout storage
+    T, N = args.num_steps, args.num_envs
+    obs_space, action_space = envs.single_observation_space, envs.single_action_space
+    obs = np.zeros((T + 1, N, *obs_space.shape), obs_space.dtype)
+    actions = np.zeros((T, N, *action_space.shape), action_space.dtype)
+    rewards, dones, final_values = np.zeros((3, T, N), np.float32)
+
+    run = Run(args, device)
+    seeds = np.random.SeedSequence([args.seed, 0, 0]).generate_state(N)  # [seed, rank, iteration]
+    obs[T], _ = envs.reset(seed=seeds.tolist())
+    global_step = 0
+    for iteration in range(1, args.num_iterations + 1):
+        if args.anneal_lr:
+            lr.fill_(args.learning_rate * (1 - (iteration - 1) / args.num_iterations))  # [C4]
+
+        # rollout: T steps in each of the N environments
+        obs[0] = obs[T]  # [C1] episodes go on from one rollout to the next
+        final_values[:] = 0.0
+        for t in range(T):
+            run.check_finite(global_step, observations=obs[t])
+            actions[t] = act(agent, torch.as_tensor(obs[t], device=device)).cpu().numpy()
+            obs[t + 1], rewards[t], terminated, truncated, info = envs.step(actions[t])
+            dones[t] = terminated | truncated
+            global_step += N
+            run.log_episodes(global_step, info)
+            cut_off = truncated & ~terminated
+            if args.bootstrap_truncation and cut_off.any():  # a time limit is not death
+                final_obs = torch.as_tensor(np.stack(info["final_obs"][cut_off]), device=device)
+                with torch.no_grad():
+                    final_values[t, cut_off] = agent(final_obs)[1].cpu().numpy()
+
+        # log-probabilities and values under the policy that acted, which is still the current one
+        batch_obs = torch.as_tensor(obs[:T], device=device).flatten(0, 1)
+        batch_actions = torch.as_tensor(actions, device=device).flatten(0, 1)
+        with torch.no_grad():
+            policy, batch_values = agent(batch_obs)
+            batch_logprobs = policy.log_prob(batch_actions)
+            _, last_values = agent(torch.as_tensor(obs[T], device=device))
+        values = torch.cat([batch_values, last_values]).view(T + 1, N).cpu().numpy()
+
+        # advantages and value targets
+        next_values = np.where(dones, final_values, values[1:])
+        advantages = gae(rewards, values[:T], next_values, dones, args.gamma, args.gae_lambda)
+        returns = advantages + values[:T]
+        run.check_finite(global_step, rewards=rewards, values=values, advantages=advantages)
+
+        # update: several epochs of minibatches drawn without replacement
+        batch = [batch_obs, batch_actions, batch_logprobs, batch_values]
+        batch += [torch.as_tensor(x, device=device).flatten() for x in (advantages, returns)]
+        stats = []
+        for _ in range(args.update_epochs):
+            shuffled = torch.randperm(args.batch_size, device=device)
+            for indices in shuffled.split(args.minibatch_size):  # [C6]
+                loss, stat = ppo_loss(agent, [x[indices] for x in batch], *coefficients)
+                optimizer.zero_grad()
+                loss.backward()
+                norm = nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm)  # [C11]
+                optimizer.step()
+                stats.append(stat | {"grad_norm": norm})
+            epoch_kl = torch.stack([s["approx_kl"] for s in stats[-args.num_minibatches :]]).mean()
+            if args.target_kl is not None and epoch_kl > args.target_kl:  # [X3]
+                break
+
+        # log
+        means = {f"losses/{k}": torch.stack([s[k] for s in stats]).mean().item() for k in stats[0]}
+        run.check_finite(global_step, **means)
+        errors, targets = (returns - values[:T]).var(), returns.var()
+        means["losses/explained_variance"] = 1 - errors / targets if targets > 0 else np.nan
+        run.log_iteration(global_step, {"charts/learning_rate": lr.item()} | means)
+        if iteration % args.checkpoint_every == 0 or iteration == args.num_iterations:
+            run.save_checkpoint(
+                iteration=iteration,
+                global_step=global_step,
+                agent=agent.state_dict(),
+                optimizer=optimizer.state_dict(),
+                normalizer=envs.state_dict(),
+            )
+
+    envs.close()
+    run.close()
+    return agent
+
+
+# ------------------------------------------------------------------------------------------------
+# Runs
+
+
+def fail(message: str):
+    """Stop with one line that says what is wrong and what to do."""
+    print(f"error: {message}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+def parse_args(argv: list[str]) -> Args:
+    """Args from the command line; W&B sweeps write a boolean as --flag=True or --flag=False."""
+    argv = [re.sub(r"^--(.+)=[Tt]rue$", r"--\1", arg) for arg in argv]
+    argv = [re.sub(r"^--(.+)=[Ff]alse$", r"--no-\1", arg) for arg in argv]
+    return tyro.cli(Args, args=argv, description=__doc__.splitlines()[0])
+
+
+def check_args(args: Args):
+    """Refuse what cannot work, before any training starts and before W&B is contacted."""
+    counts = ("torch_threads", "checkpoint_every", "num_envs", "num_steps")
+    for name in (*counts, "update_epochs", "num_minibatches"):
+        if getattr(args, name) < 1:
+            fail(f"--{name.replace('_', '-')} is {getattr(args, name)}, it must be at least 1")
+    if args.batch_size % args.num_minibatches:
+        fail(
+            f"a batch of {args.batch_size} (--num-envs x --num-steps) cannot be divided into "
+            f"{args.num_minibatches} equal minibatches; change --num-minibatches"
+        )
+    if args.total_timesteps < args.batch_size:
+        fail(
+            f"--total-timesteps {args.total_timesteps} is less than one batch of "
+            f"{args.batch_size} (--num-envs x --num-steps)"
+        )
+    if args.track:
+        try:
+            import wandb  # noqa: F401
+        except ImportError:
+            fail("--track needs the package wandb: pip install wandb")
+    try:
+        make_envs(dataclasses.replace(args, num_envs=1, vectorization="sync")).close()
+    except gym.error.UnregisteredEnv as error:
+        near = difflib.get_close_matches(args.env_id, gym.registry, n=3, cutoff=0.5)
+        fail(f"unknown environment {args.env_id}; nearest: {', '.join(near)}" if near else error)
+    except ModuleNotFoundError as error:
+        fail(f"{args.env_id} needs the package {error.name}: pip install {error.name}")
+    except (gym.error.Error, ImportError) as error:
+        fail(f"{args.env_id}: {error}")
+
+
+class Run:
+    """What a run leaves behind: config.json, metrics.csv, checkpoint.pt, a copy of this script."""
+
+    def __init__(self, args: Args, device: torch.device):
+        self.args, self.start_time, self.checkpoint = args, time.time(), None
+        self.folder = self.new_folder()
+        derived = ("batch_size", "minibatch_size", "num_iterations")
+        config = dataclasses.asdict(args) | {name: getattr(args, name) for name in derived}
+        (self.folder / "config.json").write_text(
+            json.dumps(config | origin(device), indent=2) + "\n"
+        )
+        shutil.copy(__file__, self.folder)
+        self.metrics = open(self.folder / "metrics.csv", "w")
+        self.metrics.write("global_step,time,name,value\n")
+        self.wandb = None
+        if args.track:
+            import wandb
+
+            try:
+                self.wandb = wandb.init(
+                    project=args.wandb_project_name,
+                    entity=args.wandb_entity,
+                    name=self.name,
+                    config=config,
+                    save_code=True,
+                )
+            except wandb.Error as error:
+                fail(f"Weights & Biases: {error}")
+            self.wandb.define_metric("*", step_metric="global_step")
+        self.returns = deque(maxlen=100)  # of the last episodes, for the progress line
+        self.bar = tqdm(total=args.total_timesteps, unit="step", disable=not sys.stderr.isatty())
+        self.last_line = self.start_time
+
+    def new_folder(self) -> Path:
+        """runs/{run name}, never one that exists: a second later the name is another."""
+        while True:
+            args, now = self.args, int(time.time())
+            self.name = f"{args.env_id}__{args.exp_name}__{args.seed}__{now}"
+            folder = Path("runs") / self.name
+            try:
+                folder.mkdir(parents=True)
+                return folder
+            except FileExistsError:
+                time.sleep(0.1)
+
+    def log(self, global_step: int, metrics: dict[str, float]):
+        """One row for each metric in metrics.csv, one row for all of them in W&B."""
+        seconds = time.time() - self.start_time
+        for name, value in metrics.items():
+            self.metrics.write(f"{global_step},{seconds:.3f},{name},{value:.9g}\n")
+        if self.wandb:
+            self.wandb.log({"global_step": global_step} | metrics)
+
+    def log_episodes(self, global_step: int, info: dict):
+        """Return and length of each episode that ended with this step, in the order of the envs."""
+        if "episode" in info.get("final_info", {}):
+            episode = info["final_info"]["episode"]
+            for i in np.flatnonzero(info["final_info"]["_episode"]):
+                self.returns.append(float(episode["r"][i]))
+                self.log(
+                    global_step,
+                    {
+                        "charts/episodic_return": float(episode["r"][i]),
+                        "charts/episodic_length": int(episode["l"][i]),
+                    },
+                )
+
+    def log_iteration(self, global_step: int, metrics: dict[str, float]):
+        """The metrics of one iteration and the progress: a bar on a terminal, else plain lines."""
+        steps_per_second = int(global_step / (time.time() - self.start_time))
+        self.log(global_step, metrics | {"charts/SPS": steps_per_second})
+        self.metrics.flush()
+        mean_return = f"{np.mean(self.returns):.1f}" if self.returns else "none yet"
+        self.bar.set_postfix_str(f"return {mean_return}", refresh=False)
+        self.bar.update(global_step - self.bar.n)
+        last = global_step + self.args.batch_size > self.args.total_timesteps
+        if self.bar.disable and (last or time.time() - self.last_line > 10):
+            steps = f"{global_step:,} of {self.args.total_timesteps:,} steps"
+            print(f"{steps}, return {mean_return}, {steps_per_second:,} steps/s", flush=True)
+            self.last_line = time.time()
+
+    def check_finite(self, global_step: int, **data):
+        """Stop before anything that is not finite is learned from, acted with or saved."""
+        for name, value in data.items():
+            if not np.isfinite(value).all():
+                saved = self.checkpoint or "none yet"
+                fail(f"{name} not finite at step {global_step}; last good checkpoint: {saved}")
+
+    def save_checkpoint(self, **state):
+        """Atomic: whatever happens meanwhile, a complete checkpoint is there under its name."""
+        path = self.folder / "checkpoint.pt"
+        with open(self.folder / "checkpoint.tmp", "wb") as file:
+            torch.save({"args": dataclasses.asdict(self.args)} | state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(file.name, path)
+        self.checkpoint = path
+
+    def close(self):
+        self.bar.close()
+        self.metrics.close()
+        if self.wandb:
+            self.wandb.finish()
+
+
+def origin(device: torch.device) -> dict:
+    """Where a run comes from: the machine, the versions, the commit, the script, the command."""
+    versions = {"python": platform.python_version()}
+    for package in ("torch", "gymnasium", "ale-py", "mujoco", "numpy"):
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            versions[package] = None
+    git = f"git -C '{Path(__file__).parent}' describe --always --dirty --abbrev=40"
+    status, commit = subprocess.getstatusoutput(git)
+    return {
+        "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
+        "cpus": os.cpu_count(),
+        "platform": platform.platform(),
+        "versions": versions,
+        "git_commit": commit if status == 0 else None,
+        "script_sha256": hashlib.sha256(Path(__file__).read_bytes()).hexdigest(),
+        "command": " ".join(sys.argv),
+    }
+
+
+if __name__ == "__main__":
+    args = parse_args(sys.argv[1:])
+    check_args(args)
+    train(args)
