@@ -124,6 +124,7 @@ class RunningMeanStd:
 
     def update(self, x):
         """x [n, *shape], n new samples"""
+        x = x.astype(np.float64)
         delta, count = x.mean(0) - self.mean, self.count + len(x)
         m2 = self.var * self.count + x.var(0) * len(x) + delta**2 * self.count * len(x) / count
         self.mean, self.var, self.count = self.mean + delta * len(x) / count, m2 / count, count
@@ -178,7 +179,10 @@ class VecNormalize(gym.vector.VectorWrapper):
     def state_dict(self) -> dict:
         """The statistics as tensors, for the checkpoint."""
         rms = {"obs": self.obs_rms, "return": self.return_rms}
-        return {k: {n: torch.as_tensor(x) for n, x in vars(v).items()} for k, v in rms.items()}
+        return {
+            k: {n: torch.tensor(x, dtype=torch.float64) for n, x in vars(v).items()}
+            for k, v in rms.items()
+        }
 
 
 def preprocess(env: gym.Env) -> gym.Env:

@@ -1,0 +1,58 @@
+"""What all tests share: the scripts as modules, and short runs of them in an empty folder."""
+
+import csv
+import subprocess
+import sys
+from pathlib import Path
+
+import gymnasium as gym
+import ppo_atari
+import ppo_continuous
+import ppo_discrete
+import pytest
+import torch
+
+ROOT = Path(__file__).parent.parent
+SCRIPTS = {"discrete": ppo_discrete, "continuous": ppo_continuous, "atari": ppo_atari}
+
+gym.register("Scripted-v0", "envs:Scripted")
+gym.register("ScriptedBox-v0", "envs:ScriptedBox")
+
+
+@pytest.fixture(params=SCRIPTS)
+def script(request):
+    """Each of the three scripts in turn."""
+    return SCRIPTS[request.param]
+
+
+@pytest.fixture(autouse=True)
+def empty_folder(tmp_path, monkeypatch):
+    """Runs of a test leave their folders in a place of their own."""
+    monkeypatch.chdir(tmp_path)
+    torch.set_num_threads(1)
+
+
+def train(script, **changes):
+    """`script.train` in this process with a small batch. Returns the agent."""
+    small = {"num_steps": 16, "num_envs": 2, "num_minibatches": 2, "update_epochs": 2}
+    changes = {"cuda": False, "torch_threads": 1, "vectorization": "sync"} | small | changes
+    batch = changes["num_steps"] * changes["num_envs"]
+    return script.train(script.Args(**{"total_timesteps": 2 * batch} | changes))
+
+
+def command_line(script, *flags, **kwargs):
+    """`python script flags` in the current folder. Returns the finished process with its output."""
+    path = str(ROOT / f"ppo_{script}.py")
+    return subprocess.run(
+        [sys.executable, path, *flags], capture_output=True, text=True, timeout=300, **kwargs
+    )
+
+
+def metrics(folder="."):
+    """The rows of the only metrics.csv below `folder`: (global_step, time, name, value)."""
+    (path,) = Path(folder).glob("runs/**/metrics.csv")
+    with open(path) as file:
+        return [
+            (int(row["global_step"]), float(row["time"]), row["name"], float(row["value"]))
+            for row in csv.DictReader(file)
+        ]
