@@ -13,7 +13,7 @@ Notation, used without exception below
     M = B / minibatches   transitions in a minibatch
     values[t] = V(s_t)    dones[t] = 1 if the episode ended with action t
 
-Left out on purpose: shared networks, recurrence, several GPUs, TensorBoard.
+Left out on purpose: recurrence, several GPUs, TensorBoard.
 Added to [ppo2]: an episode cut off by a time limit is bootstrapped from its last observation.
 
 References
@@ -129,6 +129,10 @@ class RunningMeanStd:
         m2 = self.var * self.count + x.var(0) * len(x) + delta**2 * self.count * len(x) / count
         self.mean, self.var, self.count = self.mean + delta * len(x) / count, m2 / count, count
 
+    def state_dict(self) -> dict:
+        """float64 tensors"""
+        return {name: torch.as_tensor(np.asarray(value)) for name, value in vars(self).items()}
+
 
 class VecNormalize(gym.vector.VectorWrapper):
     """Running normalization of observations and rewards, one set of statistics for all envs.
@@ -141,9 +145,8 @@ class VecNormalize(gym.vector.VectorWrapper):
         self.bounds = env.single_action_space
         shape = env.single_observation_space.shape
         self.single_observation_space = gym.spaces.Box(-10, 10, shape, np.float32)
-        self.single_action_space = gym.spaces.Box(
-            -np.inf, np.inf, (np.prod(self.bounds.shape, dtype=int),)
-        )
+        action_shape = (np.prod(self.bounds.shape, dtype=int),)
+        self.single_action_space = gym.spaces.Box(-np.inf, np.inf, action_shape)
         self.gamma = gamma
         self.obs_rms, self.return_rms = RunningMeanStd(shape), RunningMeanStd()
         self.returns = np.zeros(env.num_envs)
@@ -159,12 +162,12 @@ class VecNormalize(gym.vector.VectorWrapper):
         action = action.clip(self.bounds.low, self.bounds.high)  # [R5] the rollout keeps the sample
         obs, reward, terminated, truncated, info = self.env.step(action)
 
-        self.obs_rms.update(obs)
+        self.obs_rms.update(obs)  # [R6] before its use
         if "final_obs" in info:  # normalized like any other, but never counted
             for i in np.flatnonzero(info["_final_obs"]):
                 info["final_obs"][i] = self.normalize(info["final_obs"][i])
 
-        self.returns = self.returns * self.gamma + reward  # with the gamma of the agent
+        self.returns = self.returns * self.gamma + reward  # [R8] with the gamma of the agent
         self.return_rms.update(self.returns)
         self.returns[terminated | truncated] = 0.0
         reward = reward / np.sqrt(self.return_rms.var + 1e-8)  # [R8] scaled, not centred
@@ -177,21 +180,15 @@ class VecNormalize(gym.vector.VectorWrapper):
         return obs.clip(-10, 10).astype(np.float32)  # [R7]
 
     def state_dict(self) -> dict:
-        """The statistics as tensors, for the checkpoint."""
-        rms = {"obs": self.obs_rms, "return": self.return_rms}
-        return {
-            k: {n: torch.tensor(x, dtype=torch.float64) for n, x in vars(v).items()}
-            for k, v in rms.items()
-        }
+        """The statistics, for the checkpoint."""
+        return {"obs": self.obs_rms.state_dict(), "return": self.return_rms.state_dict()}
 
 
 def preprocess(env: gym.Env) -> gym.Env:
     """Observations become one vector."""
     env = gym.wrappers.RecordEpisodeStatistics(env)  # innermost: true returns and lengths
     if not isinstance(env.action_space, gym.spaces.Box):
-        kind = type(env.action_space).__name__
-        hint = "use ppo_discrete.py" if kind == "Discrete" else "no script here has it"
-        raise gym.error.Error(f"ppo_continuous.py needs Box actions, not {kind}: {hint}")
+        raise gym.error.Error(f"{env.action_space} is not Box; ppo_discrete.py has Discrete")
     space = env.observation_space
     if not (isinstance(space, gym.spaces.Box) and len(space.shape) == 1):
         env = gym.wrappers.FlattenObservation(env)  # Dict, Tuple, Discrete, images
@@ -340,6 +337,7 @@ def train(args: Args) -> Agent:
     ent_coef = torch.tensor(args.ent_coef, device=device)
     coefficients = (clip_coef, ent_coef, args.vf_coef, args.norm_adv, args.clip_vloss)
     optimizer = torch.optim.Adam(agent.parameters(), lr=lr, eps=1e-5, fused=True)  # [C3]
+    state = {"agent": agent, "optimizer": optimizer, "normalizer": envs}  # what a checkpoint holds
 
     # rollout storage
     T, N = args.num_steps, args.num_envs
@@ -407,17 +405,11 @@ def train(args: Args) -> Agent:
         # log
         means = {f"losses/{k}": torch.stack([s[k] for s in stats]).mean().item() for k in stats[0]}
         run.check_finite(global_step, **means)
-        errors, targets = (returns - values[:T]).var(), returns.var()
+        errors, targets = (returns - values[:T]).var(), returns.var()  # [C12]
         means["losses/explained_variance"] = 1 - errors / targets if targets > 0 else np.nan
         run.log_iteration(global_step, {"charts/learning_rate": lr.item()} | means)
         if iteration % args.checkpoint_every == 0 or iteration == args.num_iterations:
-            run.save_checkpoint(
-                iteration=iteration,
-                global_step=global_step,
-                agent=agent.state_dict(),
-                optimizer=optimizer.state_dict(),
-                normalizer=envs.state_dict(),
-            )
+            run.save_checkpoint(iteration, global_step, state)
 
     envs.close()
     run.close()
@@ -430,7 +422,7 @@ def train(args: Args) -> Agent:
 
 def fail(message: str):
     """Stop with one line that says what is wrong and what to do."""
-    print(f"error: {message}", file=sys.stderr)
+    print("error:", *str(message).split(), file=sys.stderr)
     raise SystemExit(2)
 
 
@@ -558,18 +550,20 @@ class Run:
         """Stop before anything that is not finite is learned from, acted with or saved."""
         for name, value in data.items():
             if not np.isfinite(value).all():
+                self.bar.close()
                 saved = self.checkpoint or "none yet"
                 fail(f"{name} not finite at step {global_step}; last good checkpoint: {saved}")
 
-    def save_checkpoint(self, **state):
+    def save_checkpoint(self, iteration: int, global_step: int, state: dict):
         """Atomic: whatever happens meanwhile, a complete checkpoint is there under its name."""
-        path = self.folder / "checkpoint.pt"
+        data = {"args": dataclasses.asdict(self.args), "iteration": iteration}
+        data |= {"global_step": global_step, **{k: v.state_dict() for k, v in state.items()}}
         with open(self.folder / "checkpoint.tmp", "wb") as file:
-            torch.save({"args": dataclasses.asdict(self.args)} | state, file)
+            torch.save(data, file)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(file.name, path)
-        self.checkpoint = path
+        os.replace(file.name, self.folder / "checkpoint.pt")
+        self.checkpoint = self.folder / "checkpoint.pt"
 
     def close(self):
         self.bar.close()

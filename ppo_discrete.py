@@ -13,7 +13,7 @@ Notation, used without exception below
     M = B / minibatches   transitions in a minibatch
     values[t] = V(s_t)    dones[t] = 1 if the episode ended with action t
 
-Left out on purpose: shared networks, recurrence, several GPUs, TensorBoard.
+Left out on purpose: recurrence, several GPUs, TensorBoard.
 Added to [ppo2]: an episode cut off by a time limit is bootstrapped from its last observation.
 
 References
@@ -117,9 +117,7 @@ def preprocess(env: gym.Env) -> gym.Env:
     """Observations become one float32 vector, actions are counted from zero."""
     env = gym.wrappers.RecordEpisodeStatistics(env)  # innermost: true returns and lengths
     if not isinstance(env.action_space, gym.spaces.Discrete):
-        kind = type(env.action_space).__name__
-        hint = "use ppo_continuous.py" if kind == "Box" else "no script here has it"
-        raise gym.error.Error(f"ppo_discrete.py needs Discrete actions, not {kind}: {hint}")
+        raise gym.error.Error(f"{env.action_space} is not Discrete; ppo_continuous.py has Box")
     if start := int(env.action_space.start):
         actions = gym.spaces.Discrete(env.action_space.n)
         env = gym.wrappers.TransformAction(env, lambda action: action + start, actions)
@@ -270,6 +268,7 @@ def train(args: Args) -> Agent:
     ent_coef = torch.tensor(args.ent_coef, device=device)
     coefficients = (clip_coef, ent_coef, args.vf_coef, args.norm_adv, args.clip_vloss)
     optimizer = torch.optim.Adam(agent.parameters(), lr=lr, eps=1e-5, fused=True)  # [C3]
+    state = {"agent": agent, "optimizer": optimizer}  # what a checkpoint holds
 
     # rollout storage
     T, N = args.num_steps, args.num_envs
@@ -337,16 +336,11 @@ def train(args: Args) -> Agent:
         # log
         means = {f"losses/{k}": torch.stack([s[k] for s in stats]).mean().item() for k in stats[0]}
         run.check_finite(global_step, **means)
-        errors, targets = (returns - values[:T]).var(), returns.var()
+        errors, targets = (returns - values[:T]).var(), returns.var()  # [C12]
         means["losses/explained_variance"] = 1 - errors / targets if targets > 0 else np.nan
         run.log_iteration(global_step, {"charts/learning_rate": lr.item()} | means)
         if iteration % args.checkpoint_every == 0 or iteration == args.num_iterations:
-            run.save_checkpoint(
-                iteration=iteration,
-                global_step=global_step,
-                agent=agent.state_dict(),
-                optimizer=optimizer.state_dict(),
-            )
+            run.save_checkpoint(iteration, global_step, state)
 
     envs.close()
     run.close()
@@ -359,7 +353,7 @@ def train(args: Args) -> Agent:
 
 def fail(message: str):
     """Stop with one line that says what is wrong and what to do."""
-    print(f"error: {message}", file=sys.stderr)
+    print("error:", *str(message).split(), file=sys.stderr)
     raise SystemExit(2)
 
 
@@ -487,18 +481,20 @@ class Run:
         """Stop before anything that is not finite is learned from, acted with or saved."""
         for name, value in data.items():
             if not np.isfinite(value).all():
+                self.bar.close()
                 saved = self.checkpoint or "none yet"
                 fail(f"{name} not finite at step {global_step}; last good checkpoint: {saved}")
 
-    def save_checkpoint(self, **state):
+    def save_checkpoint(self, iteration: int, global_step: int, state: dict):
         """Atomic: whatever happens meanwhile, a complete checkpoint is there under its name."""
-        path = self.folder / "checkpoint.pt"
+        data = {"args": dataclasses.asdict(self.args), "iteration": iteration}
+        data |= {"global_step": global_step, **{k: v.state_dict() for k, v in state.items()}}
         with open(self.folder / "checkpoint.tmp", "wb") as file:
-            torch.save({"args": dataclasses.asdict(self.args)} | state, file)
+            torch.save(data, file)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(file.name, path)
-        self.checkpoint = path
+        os.replace(file.name, self.folder / "checkpoint.pt")
+        self.checkpoint = self.folder / "checkpoint.pt"
 
     def close(self):
         self.bar.close()

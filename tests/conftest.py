@@ -6,17 +6,21 @@ import sys
 from pathlib import Path
 
 import gymnasium as gym
+import pytest
+import torch
+
 import ppo_atari
 import ppo_continuous
 import ppo_discrete
-import pytest
-import torch
 
 ROOT = Path(__file__).parent.parent
 SCRIPTS = {"discrete": ppo_discrete, "continuous": ppo_continuous, "atari": ppo_atari}
 
 gym.register("Scripted-v0", "envs:Scripted")
 gym.register("ScriptedBox-v0", "envs:ScriptedBox")
+gym.register("Guess-v0", "envs:Guess")
+gym.register("GuessPicture-v0", "envs:GuessPicture")
+gym.register("Target-v0", "envs:Target")
 
 
 @pytest.fixture(params=SCRIPTS)
@@ -40,11 +44,16 @@ def train(script, **changes):
     return script.train(script.Args(**{"total_timesteps": 2 * batch} | changes))
 
 
-def command_line(script, *flags, **kwargs):
+def command_line(script, *flags, timeout=300, **kwargs):
     """`python script flags` in the current folder. Returns the finished process with its output."""
     path = str(ROOT / f"ppo_{script}.py")
     return subprocess.run(
-        [sys.executable, path, *flags], capture_output=True, text=True, timeout=300, **kwargs
+        [sys.executable, path, *flags],
+        check=False,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        **kwargs,
     )
 
 

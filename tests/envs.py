@@ -37,3 +37,48 @@ class ScriptedBox(Scripted):
 
     action_space = gym.spaces.Box(-1.0, 1.0, (2,), np.float32)
     observation_space = gym.spaces.Box(-1e9, 1e9, (2,), np.float64)
+
+
+class Guess(gym.Env):
+    """One-step episodes: reward 1 for naming the class of the observation, else 0."""
+
+    action_space = gym.spaces.Discrete(4)
+    observation_space = gym.spaces.Box(0.0, 1.0, (4,), np.float32)
+
+    def observation(self):
+        return np.eye(4, dtype=np.float32)[self.answer]
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.answer = self.np_random.integers(4)
+        return self.observation(), {}
+
+    def step(self, action):
+        return self.observation(), float(action == self.answer), True, False, {}
+
+
+class GuessPicture(Guess):
+    """The same from pixels: one bright quarter in the newest of four frames."""
+
+    observation_space = gym.spaces.Box(0, 255, (4, 84, 84), np.uint8)
+
+    def observation(self):
+        frames = np.zeros((4, 84, 84), np.uint8)
+        row, column = divmod(int(self.answer), 2)
+        frames[3, 42 * row : 42 * row + 42, 42 * column : 42 * column + 42] = 255
+        return frames
+
+
+class Target(gym.Env):
+    """One-step episodes: the reward is minus the squared distance of the action to the target."""
+
+    action_space = gym.spaces.Box(-2.0, 2.0, (2,), np.float32)
+    observation_space = gym.spaces.Box(-1.0, 1.0, (2,), np.float64)
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.target = self.np_random.uniform(-1, 1, 2)
+        return self.target.copy(), {}
+
+    def step(self, action):
+        return self.target.copy(), -float(((action - self.target) ** 2).sum()), True, False, {}

@@ -1,0 +1,177 @@
+"""Keeps the runs behind every figure of the documentation, and writes the page about them.
+
+    python docs/make_results.py runs/*    # add finished runs to docs/results/, then the page
+    python docs/make_results.py           # only the page, docs/results.md, and its picture
+
+A run is kept as two files: {run name}.json, its config.json (command, commit, script hash,
+versions) with the machine, and {run name}.csv.gz, its metrics.csv with every episode and 500 rows
+of each other metric.
+"""
+
+import csv
+import gzip
+import io
+import json
+import sys
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+DOCS = Path(__file__).parent
+RESULTS = DOCS / "results"
+EPISODE = ("charts/episodic_return", "charts/episodic_length")
+
+# environment, what sets its runs apart, the bar, CleanRL's published mean and deviation of 3 seeds
+GROUPS = [
+    ("CartPole-v1", {}, 490, "490.0 +- 6.1"),
+    ("Acrobot-v1", {}, -88, "-86.4 +- 1.3"),
+    ("HalfCheetah-v5", {}, 1300, "1,443 +- 46 (v4)"),
+    ("Hopper-v5", {}, 1800, "2,383 +- 272 (v4)"),
+    ("Pendulum-v1", {"bootstrap_truncation": True}, None, ""),
+    ("Pendulum-v1", {"bootstrap_truncation": False}, None, ""),
+]
+
+
+INTRODUCTION = """# Results
+
+Made by `python docs/make_results.py` from the runs in [results/](results), which hold every
+episode. A score is the mean return of the last 100 training episodes of a run, played by the
+stochastic policy while it learns, as everywhere in the field. CleanRL's column is what it
+[publishes](https://github.com/vwxyzjn/cleanrl/tree/fe8d8a0/docs/benchmark) for its own scripts.
+
+| environment | steps | seeds | score of each | mean | bar | CleanRL |
+|---|---|---|---|---|---|---|"""
+
+
+def thin(rows):
+    """All episodes, and of every other metric 500 rows, evenly spaced with the first and last."""
+    steps = {}
+    for row in rows:
+        if row["name"] not in EPISODE:
+            steps.setdefault(row["name"], []).append(row["global_step"])
+    for name, of_name in steps.items():
+        chosen = np.linspace(0, len(of_name) - 1, min(500, len(of_name))).round().astype(int)
+        steps[name] = {of_name[i] for i in chosen}
+    return [r for r in rows if r["name"] in EPISODE or r["global_step"] in steps[r["name"]]]
+
+
+def keep(folder):
+    """Copy the run in `folder` to docs/results/."""
+    config = json.loads((folder / "config.json").read_text())
+    with open("/proc/cpuinfo") as file:
+        cpu = next(line.split(":")[1].strip() for line in file if line.startswith("model name"))
+    config["run_name"] = folder.name
+    config["machine"] = f"{config['cpus']} cores of an {cpu}, {config['device']}"
+    (RESULTS / f"{folder.name}.json").write_text(json.dumps(config, indent=2) + "\n")
+    with open(folder / "metrics.csv") as file:
+        rows = list(csv.DictReader(file))
+    text = io.StringIO()
+    writer = csv.DictWriter(text, ["global_step", "time", "name", "value"], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(thin(rows))
+    data = gzip.compress(text.getvalue().encode(), mtime=0)
+    (RESULTS / f"{folder.name}.csv.gz").write_bytes(data)
+
+
+def load():
+    """Every kept run: (config, {metric: (steps, values)}), by environment and seed."""
+    runs = []
+    for path in RESULTS.glob("*.json"):
+        with gzip.open(path.with_suffix(".csv.gz"), "rt") as file:
+            metrics = {}
+            for row in csv.DictReader(file):
+                pair = (int(row["global_step"]), float(row["value"]))
+                metrics.setdefault(row["name"], []).append(pair)
+        metrics = {name: np.array(pairs).T for name, pairs in metrics.items()}
+        runs.append((json.loads(path.read_text()), metrics))
+    return sorted(runs, key=lambda run: (run[0]["env_id"], run[0]["seed"]))
+
+
+def last_100(metrics):
+    """Mean return of the last 100 training episodes, the field's measure."""
+    return metrics["charts/episodic_return"][1][-100:].mean()
+
+
+def select(runs, env_id, changes):
+    """The runs of a group."""
+    wanted = {"env_id": env_id} | changes
+    return [run for run in runs if wanted.items() <= run[0].items()]
+
+
+def page(runs):
+    """docs/results.md"""
+    lines = [INTRODUCTION]
+    for env_id, changes, bar, peer in GROUPS:
+        group = select(runs, env_id, changes)
+        scores = [last_100(metrics) for _, metrics in group]
+        digits = 0 if abs(np.mean(scores)) > 1000 else 1
+        seeds = " ".join(str(config["seed"]) for config, _ in group)
+        note = "" if changes.get("bootstrap_truncation", True) else ", no bootstrap"
+        cells = (
+            env_id + note,
+            f"{group[0][0]['total_timesteps']:,}",
+            seeds,
+            " ".join(f"{score:,.{digits}f}" for score in scores),
+            f"{np.mean(scores):,.{digits}f}",
+            "" if bar is None else f"{bar:,}",
+            peer,
+        )
+        lines.append(f"| {' | '.join(cells)} |")
+    lines += ["", "![learning curves](results/curves.png)", "", "## Runs", ""]
+    lines += [
+        "| run | command | minutes | commit | sha256 of the script |",
+        "|---|---|---|---|---|",
+    ]
+    for config, metrics in runs:
+        steps, speeds = metrics["charts/SPS"]
+        lines.append(
+            f"| {config['run_name']} | `python {config['command']}` "
+            f"| {steps[-1] / speeds[-1] / 60:.1f} "
+            f"| {config['git_commit'][:12]} | {config['script_sha256'][:12]} |"
+        )
+    machines = sorted({config["machine"] for config, _ in runs})
+    versions = sorted({json.dumps(config["versions"]) for config, _ in runs})
+    lines += ["", f"Machine: {'; '.join(machines)}; two runs side by side, one torch thread each."]
+    lines += ["", *(f"Versions: `{version}`" for version in versions)]
+    return "\n".join(lines) + "\n"
+
+
+def plot(runs, path):
+    """Return of each episode, averaged over windows of 1/50 of the training."""
+    tasks = list(dict.fromkeys(env_id for env_id, *_ in GROUPS))
+    figure, axes = plt.subplots(1, len(tasks), figsize=(4 * len(tasks), 3.2), layout="constrained")
+    for axis, task in zip(axes, tasks, strict=True):
+        for env_id, changes, bar, _ in GROUPS:
+            if env_id != task:
+                continue
+            color = "C1" if changes.get("bootstrap_truncation") is False else "C0"
+            for number, (config, metrics) in enumerate(select(runs, env_id, changes)):
+                steps, returns = metrics["charts/episodic_return"]
+                edges = np.linspace(0, config["total_timesteps"], 51)
+                window = np.digitize(steps, edges[1:-1])
+                curve = [
+                    returns[window == i].mean() if (window == i).any() else np.nan
+                    for i in range(50)
+                ]
+                label = {"C0": "bootstrap", "C1": "no bootstrap"}[color] if changes else None
+                axis.plot(edges[1:], curve, color, lw=1, label=label if number == 0 else None)
+            if bar is not None:
+                axis.axhline(bar, color="0.7", lw=0.8, ls="--", zorder=0)
+            if changes:
+                axis.legend(frameon=False)
+        axis.set(title=task, xlabel="steps", ylabel="episodic return")
+        axis.ticklabel_format(axis="x", style="sci", scilimits=(3, 3))
+        axis.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=100, metadata={"Software": None})
+
+
+if __name__ == "__main__":
+    for argument in sys.argv[1:]:
+        keep(Path(argument))
+    kept = load()
+    (DOCS / "results.md").write_text(page(kept))
+    plot(kept, RESULTS / "curves.png")

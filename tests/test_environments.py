@@ -1,0 +1,299 @@
+"""What the scripts make of an environment: observations, actions, resets, seeds, processes."""
+
+import copy
+import os
+import types
+
+import conftest
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+from gymnasium.spaces import Box, Dict, Discrete, MultiBinary, MultiDiscrete, Tuple
+
+import ppo_continuous
+import ppo_discrete
+
+INF = np.inf
+
+
+class Anything(gym.Env):
+    """Shows samples of any observation space, takes the actions of any action space.
+
+    Episodes have three steps and end in turns by a time limit and for good. `shown` keeps the
+    observations that are acted on, `final` those that end an episode.
+    """
+
+    seeds = ()  # all that any of these environments was ever given
+
+    def __init__(self, observations, actions):
+        self.observation_space, self.action_space = copy.deepcopy((observations, actions))
+        self.shown, self.final, self.actions, self.episode = [], [], [], 0
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        if seed is not None:
+            self.observation_space.seed(seed)
+            Anything.seeds += (seed,)
+        self.t = 0
+        self.shown.append(self.observation_space.sample())
+        return self.shown[-1], {}
+
+    def step(self, action):
+        assert self.action_space.contains(np.asarray(action))
+        self.actions.append(action)
+        self.t += 1
+        ended = self.t == 3
+        self.episode += ended
+        keep = self.final if ended else self.shown
+        keep.append(self.observation_space.sample())
+        terminated = ended and self.episode % 2 == 0
+        return keep[-1], float(np.sum(action)), terminated, ended and not terminated, {}
+
+
+OBSERVATIONS = {
+    "Vector": Box(-1, 1, (3,), np.float32),
+    "Float64": Box(-1, 1, (3,), np.float64),
+    "Integers": Box(0, 255, (3,), np.uint8),
+    "Matrix": Box(-1, 1, (2, 3), np.float32),
+    "Image": Box(0, 255, (3, 4, 3), np.uint8),
+    "Scalar": Box(-1, 1, (), np.float64),
+    "Unbounded": Box(-INF, INF, (3,), np.float64),
+    "Number": Discrete(4, start=2),
+    "Bits": MultiBinary(3),
+    "Numbers": MultiDiscrete([2, 3]),
+    "Dict": Dict({"b": Box(-1, 1, (2,), np.float64), "a": Discrete(3)}),
+    "Tuple": Tuple((Box(-1, 1, (2,), np.float32), Box(-1, 1, (), np.float64))),
+    "Nested": Dict({"x": Tuple((Discrete(2), MultiBinary((2, 2)))), "y": Dict({"z": Box(0, 1)})}),
+}
+NUMBERS = {"Two": Discrete(2), "FromFive": Discrete(3, start=5), "FromMinus": Discrete(2, start=-1)}
+BOXES = {
+    "Pair": Box(-1, 1, (2,), np.float32),
+    "Matrix": Box(-0.5, 0.5, (2, 3), np.float32),
+    "Scalar": Box(-0.5, 0.5, (), np.float32),
+    "Asymmetric": Box(np.float32([-0.1, -2, 0.5]), np.float32([0.3, 0, 4])),
+    "Infinite": Box(np.float32([-INF, -0.2, -INF]), np.float32([INF, INF, 0.2])),
+    "Float64": Box(-0.5, 0.5, (2,), np.float64),
+}
+OTHERS = {"Bits": MultiBinary(3), "Numbers": MultiDiscrete([2, 3]), "Tuple": Tuple((Discrete(2),))}
+ONE_ACTION = {"ppo_discrete": Discrete(2), "ppo_continuous": BOXES["Pair"]}
+LONG = {"episodes": (((1.0, False, False),) * 100,)}
+
+for kind, actions in ONE_ACTION.items():
+    for name, space in OBSERVATIONS.items():
+        kwargs = {"observations": space, "actions": actions}
+        gym.register(f"{kind}/Sees{name}-v0", Anything, kwargs=kwargs)
+for name, space in (NUMBERS | BOXES | OTHERS).items():
+    kwargs = {"observations": OBSERVATIONS["Vector"], "actions": space}
+    gym.register(f"Takes{name}-v0", Anything, kwargs=kwargs)
+gym.register("ppo_discrete/Long-v0", "envs:Scripted", kwargs=LONG)
+gym.register("ppo_continuous/Long-v0", "envs:ScriptedBox", kwargs=LONG)
+gym.register("ppo_discrete/Short-v0", "envs:Scripted")
+gym.register("ppo_continuous/Short-v0", "envs:ScriptedBox")
+
+
+@pytest.fixture(params=[ppo_discrete, ppo_continuous], ids=lambda script: script.__name__)
+def script(request):
+    return request.param
+
+
+@pytest.fixture
+def seen(script, monkeypatch):
+    """What `train` deals with: envs, obs and actions of every step, inputs of the networks.
+
+    The continuous script's normalization is switched off.
+    """
+    seen = types.SimpleNamespace(envs=[], obs=[], actions=[], inputs=[])
+    make_envs, act = script.make_envs, script.act
+
+    def keep_envs(args):
+        seen.envs.append(make_envs(args))
+        return seen.envs[-1]
+
+    def keep_act(agent, obs):
+        seen.obs.append(obs.numpy().copy())
+        actions = act(agent, obs)
+        seen.actions.append(actions.numpy().copy())
+        return actions
+
+    class Agent(script.Agent):
+        def __init__(self, envs):
+            super().__init__(envs)
+            for network in (self.actor, self.critic):
+                network.register_forward_pre_hook(lambda _, args: seen.inputs.append(args[0]))
+
+    monkeypatch.setattr(script, "make_envs", keep_envs)
+    monkeypatch.setattr(script, "act", keep_act)
+    monkeypatch.setattr(script, "Agent", Agent)
+    if script is ppo_continuous:
+        as_they_are = lambda self, obs: obs.astype(np.float32)  # noqa: E731
+        monkeypatch.setattr(ppo_continuous.VecNormalize, "normalize", as_they_are)
+    return seen
+
+
+def sub_envs(seen):
+    """The environments themselves, without any wrapper."""
+    return [env.unwrapped for env in seen.envs[0].unwrapped.envs]
+
+
+# ------------------------------------------------------------------------------------------------
+# Observations
+
+
+@pytest.mark.parametrize("name", OBSERVATIONS)
+def test_any_observation_becomes_one_float32_vector(script, seen, name):
+    conftest.train(script, env_id=f"{script.__name__}/Sees{name}-v0")
+    space = OBSERVATIONS[name]
+    (size,) = seen.envs[0].single_observation_space.shape
+    assert size == gym.spaces.flatdim(space)
+    for i, env in enumerate(sub_envs(seen)):
+        expected = [np.float32(gym.spaces.flatten(space, x)) for x in env.shown[:32]]
+        np.testing.assert_array_equal([obs[i] for obs in seen.obs], expected)
+    assert {x.dtype for x in seen.inputs} == {torch.float32}
+    assert {x.shape[1:] for x in seen.inputs} == {(size,)}
+    # the final observations of the episodes that a time limit cut off
+    cut_off = np.float32([gym.spaces.flatten(space, x) for x in env.final[::2]])
+    values_of = [x[-1].numpy() for x in seen.inputs if len(x) == 2]  # N environments at once
+    for final in cut_off:
+        assert any((final == x).all() for x in values_of)
+
+
+# ------------------------------------------------------------------------------------------------
+# Actions
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+@pytest.mark.parametrize("script", [ppo_discrete], indirect=True)
+def test_discrete_actions_are_counted_from_the_first_of_the_environment(script, seen, name):
+    conftest.train(script, env_id=f"Takes{name}-v0")
+    space = NUMBERS[name]
+    assert set(np.ravel(seen.actions)) == set(range(space.n))
+    for i, env in enumerate(sub_envs(seen)):
+        assert env.actions == [action[i] + space.start for action in seen.actions]
+        assert all(isinstance(action, np.integer) for action in env.actions)
+
+
+@pytest.mark.parametrize("name", BOXES)
+@pytest.mark.parametrize("script", [ppo_continuous], indirect=True)
+def test_continuous_actions_reach_the_environment_in_its_shape_and_bounds(script, seen, name):
+    conftest.train(script, env_id=f"Takes{name}-v0")
+    space = BOXES[name]
+    given = np.array(seen.actions)
+    assert given.shape == (32, 2, np.prod(space.shape, dtype=int))
+    for i, env in enumerate(sub_envs(seen)):
+        expected = given[:, i].reshape(32, *space.shape)
+        assert (expected > space.high).any() or (expected < space.low).any()
+        expected = np.minimum(np.maximum(expected, space.low), space.high)
+        np.testing.assert_array_equal(env.actions, expected)
+        assert {np.shape(action) for action in env.actions} == {space.shape}
+
+
+@pytest.mark.parametrize("vectorization", ["sync", "async"])
+@pytest.mark.parametrize("name", ["Two", "Pair", *OTHERS])
+def test_other_actions_are_refused_with_the_script_that_has_them(script, vectorization, name):
+    kind, other = {ppo_discrete: (Discrete, "continuous"), ppo_continuous: (Box, "discrete")}[
+        script
+    ]
+    space = (NUMBERS | BOXES | OTHERS)[name]
+    args = script.Args(env_id=f"Takes{name}-v0", vectorization=vectorization, num_envs=2)
+    if isinstance(space, kind):
+        script.make_envs(args).close()
+    else:
+        with pytest.raises(gym.error.Error, match=f"not {kind.__name__}.*ppo_{other}.py") as error:
+            script.make_envs(args)
+        assert str(space) in str(error.value)
+
+
+# ------------------------------------------------------------------------------------------------
+# Resets and seeds
+
+
+@pytest.mark.parametrize("num_envs", [1, 3])
+def test_c1_environments_go_on_from_one_rollout_to_the_next(script, seen, num_envs):
+    env_id = f"{script.__name__}/Long-v0"
+    conftest.train(script, env_id=env_id, num_steps=4, num_envs=num_envs, total_timesteps=99)
+    rollouts = 99 // (4 * num_envs)
+    assert len(seen.obs) == 4 * rollouts
+    for t, obs in enumerate(seen.obs):
+        assert obs.tolist() == [[0, t]] * num_envs
+    assert [env.t for env in sub_envs(seen)] == [4 * rollouts] * num_envs
+
+
+def test_an_episode_is_followed_by_the_first_observation_of_the_next(script, seen):
+    conftest.train(script, env_id=f"{script.__name__}/Short-v0", num_steps=4)
+    assert len(seen.obs) == 8
+    for t, obs in enumerate(seen.obs):
+        assert obs.tolist() == [list(divmod(t, 3))] * 2  # (episode, step), never step 3
+
+
+def test_no_environment_seed_is_shared_between_runs(script, monkeypatch):
+    seeds = {}
+    env_id = f"{script.__name__}/SeesVector-v0"
+    for run, seed in enumerate([1, 2, 3, 1]):
+        monkeypatch.setattr(Anything, "seeds", ())
+        conftest.train(script, env_id=env_id, seed=seed, num_envs=8, num_steps=4)
+        seeds[run] = Anything.seeds
+        assert len(seeds[run]) == 8  # one for each environment, once
+    assert seeds[3] == seeds[0]
+    assert len({*seeds[0], *seeds[1], *seeds[2]}) == 24
+
+
+# ------------------------------------------------------------------------------------------------
+# Processes and modules
+
+
+@pytest.mark.parametrize("name", ["Vector", "Float64", "Nested"])
+def test_sync_and_async_runs_are_the_same(script, seen, name, tmp_path, monkeypatch):
+    """In everything but time: observations, actions and all numbers of metrics.csv."""
+    rows, kinds = [], {"sync": gym.vector.SyncVectorEnv, "async": gym.vector.AsyncVectorEnv}
+    for vectorization, kind in kinds.items():
+        (tmp_path / vectorization).mkdir()
+        monkeypatch.chdir(tmp_path / vectorization)
+        env_id = f"{script.__name__}/Sees{name}-v0"
+        conftest.train(script, env_id=env_id, vectorization=vectorization, num_envs=3, num_steps=8)
+        assert type(seen.envs[-1].unwrapped) is kind
+        rows.append([(s, n, x) for s, _, n, x in conftest.metrics() if n != "charts/SPS"])
+    assert len(rows[0]) > 20
+    np.testing.assert_equal(rows[0], rows[1])
+    np.testing.assert_array_equal(seen.obs[:16], seen.obs[16:])
+    np.testing.assert_array_equal(seen.actions[:16], seen.actions[16:])
+
+
+MODULE = """
+import gymnasium as gym
+
+class {name}(gym.Env):
+    observation_space = gym.spaces.Box(-1, 1, (3,))
+    action_space = gym.spaces.{actions}
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        return self.observation_space.sample(), {{}}
+
+    def step(self, action):
+        return self.observation_space.sample(), 2.5, True, False, {{}}
+
+gym.register("{name}-v0", {name})
+"""
+
+
+@pytest.mark.parametrize("vectorization", ["sync", "async"])
+def test_environment_of_a_third_party_module(script, vectorization, tmp_path, monkeypatch):
+    """Both in process (sync) and from the command line (async)."""
+    kind = script.__name__.removeprefix("ppo_")
+    actions = {"discrete": "Discrete(2)", "continuous": "Box(-1, 1, (2,))"}[kind]
+    source = MODULE.format(name=f"Their{kind}", actions=actions)
+    (tmp_path / f"their_{kind}.py").write_text(source)
+    env_id = f"their_{kind}:Their{kind}-v0"
+    if vectorization == "sync":
+        monkeypatch.syspath_prepend(tmp_path)
+        conftest.train(script, env_id=env_id)
+    else:
+        flags = ("--env-id", env_id, "--vectorization", "async", "--num-envs", "2", "--no-cuda")
+        sizes = ("--total-timesteps", "128", "--num-steps", "32")
+        finished = conftest.command_line(
+            kind, *flags, *sizes, env=os.environ | {"PYTHONPATH": str(tmp_path)}
+        )
+        assert finished.returncode == 0, finished.stderr
+    returns = {x for _, _, name, x in conftest.metrics() if name == "charts/episodic_return"}
+    assert returns == {2.5}

@@ -1,0 +1,63 @@
+"""The commands of README.md work; those that set up and test are what .ci/run executes."""
+
+import os
+import re
+import shutil
+import subprocess
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+README = (ROOT / "README.md").read_text()
+COMMANDS = [
+    line for block in re.findall(r"```sh\n(.*?)```", README, re.S) for line in block.splitlines()
+]
+TRAINING = [line for line in COMMANDS if "ppo_" in line]
+
+
+@pytest.mark.parametrize("command", TRAINING)
+def test_training_command(command):
+    """Word for word, for two batches at most, in a folder that holds nothing but the scripts."""
+    for path in ROOT.glob("ppo_*.py"):
+        shutil.copy(path, ".")
+    done = subprocess.run(
+        f"{command} --total-timesteps 2048",
+        shell=True,
+        check=False,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "2,048 of 2,048 steps" in done.stdout
+    (run,) = (path.parent for path in Path("runs").glob("**/config.json"))
+    files = {"config.json", "metrics.csv", "checkpoint.pt", re.search(r"ppo_\w+\.py", command)[0]}
+    assert {path.name for path in run.iterdir()} == files
+    assert Path("wandb").exists() == ("--track" in command)
+
+
+def test_every_other_command_is_executed_by_ci():
+    others = [line for line in COMMANDS if line not in TRAINING]
+    blocks = (ROOT / ".ci" / "run").read_text()
+    for line in others:
+        heading = README[: README.index(line)].rsplit("\n## ", 1)[1].split("\n", 1)[0]
+        assert re.search(f"block '?{heading}'?[)]", blocks), line
+    assert os.access(ROOT / ".ci" / "run", os.X_OK)
+
+
+def test_installed_packages_are_the_required_ones():
+    for line in (ROOT / "requirements.txt").read_text().splitlines():
+        if not line.startswith("#"):
+            name, pin = line.split("==")
+            assert version(name.split("[")[0]).split("+")[0] == pin, line
+
+
+def test_links_lead_to_files():
+    for target in re.findall(r"\]\(([^)h][^)]*)\)", README):
+        assert (ROOT / target).exists(), target
+
+
+def test_fits_on_a_screen():
+    assert len(README.splitlines()) <= 60

@@ -1,0 +1,195 @@
+"""The scripts as texts: the same in all three where they claim to be, and short."""
+
+import ast
+import difflib
+import importlib.metadata
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+ROOT = Path(__file__).parent.parent
+SOURCES = {x: (ROOT / f"ppo_{x}.py").read_text() for x in ("discrete", "continuous", "atari")}
+BANNER = re.compile(r"^# -{96}\n# (.+)\n", re.M)
+TITLES = ["Configuration", "Environment", "Policy and value function"]
+TITLES += ["The algorithm", "Training", "Runs"]
+
+# What may differ from ppo_discrete.py, beside the default values of the configuration.
+CONFIGURATION = {
+    "continuous": [],
+    "atari": [
+        "-     torch_threads: int = ...  "
+        "# CPU threads of torch; networks this small are slower with more",
+        "+     torch_threads: int = ...  # CPU threads of torch",
+    ],
+}
+TRAINING = {
+    "continuous": [
+        '-     state = {"agent": agent, "optimizer": optimizer}  # what a checkpoint holds',
+        '+     state = {"agent": agent, "optimizer": optimizer, "normalizer": envs}  '
+        "# what a checkpoint holds",
+    ],
+    "atari": [],
+}
+
+each_script = pytest.mark.parametrize("source", SOURCES.values(), ids=SOURCES)
+each_variant = pytest.mark.parametrize("name", ["continuous", "atari"])
+
+
+def sections(source: str) -> dict[str, str]:
+    """title -> text of a section, without the blank lines at its end"""
+    _, *rest = BANNER.split(source)
+    return dict(zip(rest[::2], map(str.rstrip, rest[1::2]), strict=True))
+
+
+def changes(old: str, new: str) -> list[str]:
+    return [x for x in difflib.ndiff(old.splitlines(), new.splitlines()) if x[0] in "+-"]
+
+
+def imports(source: str) -> set[str]:
+    """Names of the packages and modules imported anywhere in a script."""
+    nodes = list(ast.walk(ast.parse(source)))
+    plain = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+    from_ = {"." * x.level + (x.module or "") for x in nodes if isinstance(x, ast.ImportFrom)}
+    return {name.partition(".")[0] for name in plain | from_}
+
+
+def requirements(lines: list[str]) -> dict[str, Requirement]:
+    """name -> requirement, extras and version included"""
+    found = [Requirement(line) for line in lines]
+    return {canonicalize_name(requirement.name): requirement for requirement in found}
+
+
+def dependencies(source: str) -> dict[str, Requirement]:
+    """What the PEP 723 header of a script asks for."""
+    (block,) = re.findall(r"(?m)^# /// script$\s((?:^#(?:| .*)$\s)+)^# ///$", source)
+    header = tomllib.loads("".join(line[2:] or "\n" for line in block.splitlines(keepends=True)))
+    assert set(header) == {"requires-python", "dependencies"}
+    return requirements(header["dependencies"])
+
+
+# ------------------------------------------------------------------------------------------------
+# Sameness
+
+
+@each_script
+def test_sections(source):
+    assert BANNER.findall(source) == TITLES
+    assert len(re.findall(r"(?m)^# -{9,}$", source)) == len(TITLES)
+
+
+@pytest.mark.parametrize("title", ["The algorithm", "Runs"])
+@each_variant
+def test_same_text(name, title):
+    expected, actual = sections(SOURCES["discrete"])[title], sections(SOURCES[name])[title]
+    assert changes(expected, actual) == []
+    assert expected == actual
+
+
+@each_variant
+def test_training_differs_in_the_listed_lines(name):
+    texts = [sections(SOURCES[x])["Training"] for x in ("discrete", name)]
+    assert changes(*texts) == TRAINING[name]
+    assert len(TRAINING[name]) <= 12
+
+
+@each_variant
+def test_configuration_differs_in_default_values(name):
+    texts = [
+        re.sub(r"(?m)^(    \w+: [^=]+ = ).+?(  # )", r"\1...\2", sections(SOURCES[x])[TITLES[0]])
+        for x in ("discrete", name)
+    ]
+    assert changes(*texts) == CONFIGURATION[name]
+
+
+# ------------------------------------------------------------------------------------------------
+# Length and form
+
+
+@each_script
+def test_budget(source):
+    learning, runs = source.split(f"# {'-' * 96}\n# Runs\n")
+    lengths = [text.rstrip().count("\n") + 1 for text in (learning, runs)]
+    assert lengths[0] <= 420, "too much before the section Runs"
+    assert lengths[1] <= 228, "too much in the section Runs"  # and the two lines of the banner
+
+
+@each_script
+def test_lines(source):
+    assert source.isascii()
+    assert [line for line in source.splitlines() if len(line) > 100] == []
+    assert re.findall(r"TODO|FIXME|XXX", source) == []
+
+
+@each_script
+def test_every_argument_is_explained(source):
+    lines = source.splitlines()
+    classes = [node for node in ast.parse(source).body if isinstance(node, ast.ClassDef)]
+    (args,) = [node for node in classes if node.name == "Args"]
+    fields = [node for node in args.body if isinstance(node, ast.AnnAssign)]
+    assert len(fields) > 20
+    for field in fields:
+        assert field.lineno == field.end_lineno
+        assert re.fullmatch(r"  # \S.+", lines[field.lineno - 1][field.end_col_offset :])
+
+
+@pytest.mark.parametrize("command", [["check"], ["format", "--check"]], ids=" ".join)
+def test_ruff(command):
+    command = [sys.executable, "-m", "ruff", *command, "--no-cache", "."]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stdout + result.stderr
+
+
+def test_no_paths_of_one_machine():
+    """In what git tracks: absolute paths of folders that only one machine has."""
+    if not (ROOT / ".git").exists():
+        pytest.skip("not a git repository")
+    files = subprocess.check_output(["git", "ls-files", "-z"], cwd=ROOT, text=True)
+    pattern = re.compile(rb"(?<![\w.~}/-])/(?:work|root|home|tmp|mnt|Users)\b[^\n]*")
+    paths = [ROOT / file for file in files.split("\0") if (ROOT / file).is_file()]
+    found = {path: pattern.findall(path.read_bytes()) for path in paths}
+    found = {path.name: matches for path, matches in found.items() if matches}
+    assert found == {}
+
+
+# ------------------------------------------------------------------------------------------------
+# A script is enough
+
+
+@each_script
+def test_imports_nothing_of_this_repository(source):
+    modules = {path.stem for pattern in ("*.py", "*/*.py") for path in ROOT.glob(pattern)}
+    assert imports(source) & (modules | {"benchmarks", "docs", "tests", ""}) == set()
+
+
+@each_script
+def test_header_pins_what_requirements_txt_pins(source):
+    lines = (ROOT / "requirements.txt").read_text().splitlines()
+    pinned = requirements([line for line in lines if not line.startswith("#")])
+    for name, dependency in dependencies(source).items():
+        assert dependency == pinned[name]
+        assert re.fullmatch(r"==[\d.]+", str(dependency.specifier))
+
+
+@each_script
+def test_header_covers_the_imports(source):
+    """Each package imported is a dependency or comes with an extra of one, none is left over."""
+    named = dependencies(source)
+    extras = {
+        canonicalize_name(needed.name)
+        for name, dependency in named.items()
+        for needed in map(Requirement, importlib.metadata.requires(name) or [])
+        if needed.marker
+        and any(needed.marker.evaluate({"extra": extra}) for extra in dependency.extras)
+    }
+    distributions = importlib.metadata.packages_distributions()
+    imported = {
+        canonicalize_name(distributions[module][0])
+        for module in imports(source) - sys.stdlib_module_names
+    }
+    assert imported - extras == set(named)
