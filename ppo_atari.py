@@ -333,7 +333,7 @@ def train(args: Args) -> Agent:
     ent_coef = torch.tensor(args.ent_coef, device=device)
     coefficients = (clip_coef, ent_coef, args.vf_coef, args.norm_adv, args.clip_vloss)
     optimizer = torch.optim.Adam(agent.parameters(), lr=lr, eps=1e-5, fused=True)  # [C3]
-    state = {"agent": agent, "optimizer": optimizer}  # what a checkpoint holds
+    saved = {"agent": agent, "optimizer": optimizer}  # what a checkpoint holds
 
     # rollout storage
     T, N = args.num_steps, args.num_envs
@@ -405,7 +405,7 @@ def train(args: Args) -> Agent:
         means["losses/explained_variance"] = 1 - errors / targets if targets > 0 else np.nan
         run.log_iteration(global_step, {"charts/learning_rate": lr.item()} | means)
         if iteration % args.checkpoint_every == 0 or iteration == args.num_iterations:
-            run.save_checkpoint(iteration, global_step, state)
+            run.save_checkpoint(iteration, global_step, saved)
 
     envs.close()
     run.close()
@@ -547,13 +547,13 @@ class Run:
         for name, value in data.items():
             if not np.isfinite(value).all():
                 self.bar.close()
-                saved = self.checkpoint or "none yet"
-                fail(f"{name} not finite at step {global_step}; last good checkpoint: {saved}")
+                good = self.checkpoint or "none yet"
+                fail(f"{name} not finite at step {global_step}; last good checkpoint: {good}")
 
-    def save_checkpoint(self, iteration: int, global_step: int, state: dict):
+    def save_checkpoint(self, iteration: int, global_step: int, saved: dict):
         """Atomic: whatever happens meanwhile, a complete checkpoint is there under its name."""
         data = {"args": dataclasses.asdict(self.args), "iteration": iteration}
-        data |= {"global_step": global_step, **{k: v.state_dict() for k, v in state.items()}}
+        data |= {"global_step": global_step, **{k: v.state_dict() for k, v in saved.items()}}
         with open(self.folder / "checkpoint.tmp", "wb") as file:
             torch.save(data, file)
             file.flush()

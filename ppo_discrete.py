@@ -121,9 +121,8 @@ def preprocess(env: gym.Env) -> gym.Env:
     if start := int(env.action_space.start):
         actions = gym.spaces.Discrete(env.action_space.n)
         env = gym.wrappers.TransformAction(env, lambda action: action + start, actions)
-    if not (
-        isinstance(env.observation_space, gym.spaces.Box) and len(env.observation_space.shape) == 1
-    ):
+    space = env.observation_space
+    if not (isinstance(space, gym.spaces.Box) and len(space.shape) == 1):
         env = gym.wrappers.FlattenObservation(env)  # Dict, Tuple, Discrete, images
     if env.observation_space.dtype != np.float32:
         env = gym.wrappers.DtypeObservation(env, np.float32)
@@ -268,7 +267,7 @@ def train(args: Args) -> Agent:
     ent_coef = torch.tensor(args.ent_coef, device=device)
     coefficients = (clip_coef, ent_coef, args.vf_coef, args.norm_adv, args.clip_vloss)
     optimizer = torch.optim.Adam(agent.parameters(), lr=lr, eps=1e-5, fused=True)  # [C3]
-    state = {"agent": agent, "optimizer": optimizer}  # what a checkpoint holds
+    saved = {"agent": agent, "optimizer": optimizer}  # what a checkpoint holds
 
     # rollout storage
     T, N = args.num_steps, args.num_envs
@@ -340,7 +339,7 @@ def train(args: Args) -> Agent:
         means["losses/explained_variance"] = 1 - errors / targets if targets > 0 else np.nan
         run.log_iteration(global_step, {"charts/learning_rate": lr.item()} | means)
         if iteration % args.checkpoint_every == 0 or iteration == args.num_iterations:
-            run.save_checkpoint(iteration, global_step, state)
+            run.save_checkpoint(iteration, global_step, saved)
 
     envs.close()
     run.close()
@@ -482,13 +481,13 @@ class Run:
         for name, value in data.items():
             if not np.isfinite(value).all():
                 self.bar.close()
-                saved = self.checkpoint or "none yet"
-                fail(f"{name} not finite at step {global_step}; last good checkpoint: {saved}")
+                good = self.checkpoint or "none yet"
+                fail(f"{name} not finite at step {global_step}; last good checkpoint: {good}")
 
-    def save_checkpoint(self, iteration: int, global_step: int, state: dict):
+    def save_checkpoint(self, iteration: int, global_step: int, saved: dict):
         """Atomic: whatever happens meanwhile, a complete checkpoint is there under its name."""
         data = {"args": dataclasses.asdict(self.args), "iteration": iteration}
-        data |= {"global_step": global_step, **{k: v.state_dict() for k, v in state.items()}}
+        data |= {"global_step": global_step, **{k: v.state_dict() for k, v in saved.items()}}
         with open(self.folder / "checkpoint.tmp", "wb") as file:
             torch.save(data, file)
             file.flush()

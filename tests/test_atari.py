@@ -26,7 +26,7 @@ class FakeGame(gym.Env):
 
     A frame fills the screen with one grey value, one RGB colour or a whole picture, keeps the
     lives it does not give, and ends the game by one of ENDS. The game starts with 3 lives, the
-    n-th one with a screen of shade 10n. `log` has the actions and "reset".
+    n-th one with a screen of shade 10n. `log` has the actions and "reset", `info` is the latest.
     """
 
     observation_space = gym.spaces.Box(0, 255, (210, 160, 3), np.uint8)
@@ -45,7 +45,8 @@ class FakeGame(gym.Env):
         super().reset(seed=seed)
         self.games += 1
         self.log.append("reset")
-        return self.show(Frame(10 * self.games % 256, lives=3)), {"from": "reset"}
+        self.info = {"seed": seed}
+        return self.show(Frame(10 * self.games % 256, lives=3)), self.info
 
     def step(self, action):
         assert not self.frame.end, "a game that is over goes on"
@@ -53,8 +54,8 @@ class FakeGame(gym.Env):
         repeated = self.frame._replace(reward=0.0)
         frame = self.upcoming.popleft() if self.upcoming else repeated
         lives = self.frame.lives if frame.lives is None else frame.lives
-        screen = self.show(frame._replace(lives=lives))
-        return screen, frame.reward, *ENDS.get(frame.end, (False, False)), {"from": "step"}
+        screen, self.info = self.show(frame._replace(lives=lives)), {}
+        return screen, frame.reward, *ENDS.get(frame.end, (False, False)), self.info
 
     def show(self, frame):
         self.frame = frame
@@ -141,16 +142,17 @@ def test_a1_game_that_ends_in_the_last_noop_starts_with_the_next_games_screen(en
     last = first_draw(0) - 1
     env, game = fake_game(*[Frame(90)] * last, Frame(99, end=end), start=False)
     obs, info = env.reset(seed=0)
-    assert (shades(obs), info) == ([0, 0, 0, 20], {"from": "reset"})
+    assert shades(obs) == [0, 0, 0, 20]
+    assert info is game.info and info == {"seed": 0}
     assert game.log == ["reset"] + [NOOP] * (last + 1) + ["reset"]
 
 
 def test_a1_info_and_screen_are_those_of_the_last_noop():
-    env, _ = fake_game(
-        *[Frame(shade) for shade in range(200, 200 - first_draw(0), -1)], start=False
-    )
+    frames = map(Frame, range(200, 200 - first_draw(0), -1))
+    env, game = fake_game(*frames, start=False)
     obs, info = env.reset(seed=0)
-    assert (shades(obs), info) == ([0, 0, 0, 201 - first_draw(0)], {"from": "step"})
+    assert shades(obs) == [0, 0, 0, 201 - first_draw(0)]
+    assert info is game.info
 
 
 # ------------------------------------------------------------------------------------------------
@@ -216,7 +218,8 @@ def test_a3_lost_life_ends_the_episode_but_not_the_game(frame):
     assert game.log == [RIGHT] * 4
     obs, info = env.reset(seed=7)
     assert game.log == [RIGHT] * 4 + [NOOP] * 4
-    assert (game.frame.lives, shades(obs), info) == (2, [0, 0, 0, 60], {"from": "step"})
+    assert (game.frame.lives, shades(obs)) == (2, [0, 0, 0, 60])
+    assert info is game.info
     assert not env.step(RIGHT)[2]
 
 
@@ -232,6 +235,12 @@ def test_a3_lost_life_ends_the_episode_but_not_the_game(frame):
 def test_a3_only_a_drop_to_at_least_one_life_ends_an_episode(lives, ends):
     env, _ = fake_game(*[Frame(lives=n) for n in lives for _ in range(4)])
     assert [env.step(RIGHT)[2] for _ in lives] == list(map(bool, ends))
+
+
+def test_a3_second_reset_goes_on_with_the_game():
+    env, game = fake_game()
+    env.reset(seed=0)
+    assert game.log == [NOOP] * 4
 
 
 def test_a3_life_lost_in_the_noop_is_not_counted_again():
@@ -332,7 +341,8 @@ def test_a4_game_that_ends_in_the_fire_steps_gives_way_to_a_new_one(end, action)
         assert game.log == [NOOP] * 4 + [FIRE, *new_game] + [RIGHT] * 4
     else:
         assert game.log == [NOOP] * 4 + [FIRE] * 4 + [RIGHT, *new_game]
-    assert (shades(obs), info) == ([0, 0, 0, 20], {"from": "step"})
+    assert shades(obs) == [0, 0, 0, 20]
+    assert info is game.info
     assert not env.step(NOOP)[2]
 
 
@@ -369,7 +379,7 @@ def warped(picture):
     env, _ = fake_game(*[Frame(picture)] * 4)
     obs = env.step(RIGHT)[0]
     assert (obs.shape, obs.dtype) == ((4, 84, 84), np.uint8)
-    assert obs in env.observation_space
+    assert env.observation_space == gym.spaces.Box(0, 255, (4, 84, 84), np.uint8)
     return obs[-1]
 
 

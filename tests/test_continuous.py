@@ -310,7 +310,8 @@ def test_r6_final_observation_takes_the_statistics_of_its_step():
 def test_r6_statistics_of_float32_observations_are_float64():
     made, _ = replay([1e8], [1.0], [1.0], [-1e8], dtype=np.float32)  # in float32 they add up to 0
     rms = made.obs_rms
-    assert rms.mean.dtype == rms.var.dtype == np.float64
+    for statistics in (rms, ppo_continuous.RunningMeanStd((1,))):
+        assert statistics.mean.dtype == statistics.var.dtype == np.float64
     assert rms.mean.item() == pytest.approx(0.5, abs=1e-3)
     assert rms.var.item() == pytest.approx(5e15, rel=1e-4)
 

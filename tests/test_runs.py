@@ -317,6 +317,7 @@ def test_losses_are_means_over_all_minibatches(script, target_kl, monkeypatch):
     assert written["losses/explained_variance"] == pytest.approx(expected, rel=1e-3, abs=1e-4)
 
 
+@pytest.mark.filterwarnings("error::RuntimeWarning")
 def test_explained_variance_of_constant_returns_is_nan(script):
     """A batch of one transition, the simplest case of returns without variance."""
     train(script, **TINY[name_of(script)] | {"num_envs": 1, "num_steps": 1, "num_minibatches": 1})
@@ -343,6 +344,17 @@ def test_same_seed_same_run(script):
     assert torch.equal(weights, same_weights)
     assert rows != other_rows
     assert not torch.equal(weights, other_weights)
+
+
+def test_seed_reaches_the_environments(script, monkeypatch):
+    """With the same weights and draws, other first observations have other values."""
+    seed_torch, losses = torch.manual_seed, {}
+    monkeypatch.setattr(torch, "manual_seed", lambda seed: seed_torch(1))
+    for seed in (1, 2):
+        train(script, seed=seed, exp_name=str(seed), **TINY[name_of(script)])
+        (path,) = Path("runs").glob(f"*__{seed}__{seed}__*/metrics.csv")
+        losses[seed] = [line.split(",")[2:] for line in path.open() if "losses/" in line]
+    assert losses[1] != losses[2]
 
 
 # ------------------------------------------------------------------------------------------------

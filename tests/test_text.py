@@ -30,8 +30,8 @@ CONFIGURATION = {
 }
 TRAINING = {
     "continuous": [
-        '-     state = {"agent": agent, "optimizer": optimizer}  # what a checkpoint holds',
-        '+     state = {"agent": agent, "optimizer": optimizer, "normalizer": envs}  '
+        '-     saved = {"agent": agent, "optimizer": optimizer}  # what a checkpoint holds',
+        '+     saved = {"agent": agent, "optimizer": optimizer, "normalizer": envs}  '
         "# what a checkpoint holds",
     ],
     "atari": [],
