@@ -193,8 +193,8 @@ def preprocess(env: gym.Env) -> gym.Env:
 def make_envs(args: Args) -> gym.vector.VectorEnv:
     """N environments in lockstep; when one ends, it returns the first observation of the next."""
     gym.register_envs(ale_py)
-    if not str(gym.spec(args.env_id.rpartition(":")[2]).entry_point).startswith("ale_py"):
-        raise gym.error.Error("no Atari game: use ppo_discrete.py or ppo_continuous.py")
+    if not isinstance(gym.make(args.env_id).unwrapped, ale_py.AtariEnv):
+        raise gym.error.Error("no Atari game; use ppo_discrete.py or ppo_continuous.py")
     return gym.make_vec(
         args.env_id,
         num_envs=args.num_envs,  # [C1]
@@ -329,8 +329,7 @@ def train(args: Args) -> Agent:
     envs = make_envs(args)
     agent = Agent(envs).to(device)
     lr = torch.tensor(args.learning_rate, device=device)
-    clip_coef = torch.tensor(args.clip_coef, device=device)
-    ent_coef = torch.tensor(args.ent_coef, device=device)
+    clip_coef, ent_coef = torch.tensor([args.clip_coef, args.ent_coef], device=device)
     coefficients = (clip_coef, ent_coef, args.vf_coef, args.norm_adv, args.clip_vloss)
     optimizer = torch.optim.Adam(agent.parameters(), lr=lr, eps=1e-5, fused=True)  # [C3]
     saved = {"agent": agent, "optimizer": optimizer}  # what a checkpoint holds
@@ -376,10 +375,11 @@ def train(args: Args) -> Agent:
         values = torch.cat([batch_values, last_values]).view(T + 1, N).cpu().numpy()
 
         # advantages and value targets
+        run.check_finite(global_step, rewards=rewards, values=values, final_values=final_values)
         next_values = np.where(dones, final_values, values[1:])
         advantages = gae(rewards, values[:T], next_values, dones, args.gamma, args.gae_lambda)
         returns = advantages + values[:T]
-        run.check_finite(global_step, rewards=rewards, values=values, advantages=advantages)
+        run.check_finite(global_step, advantages=advantages)
 
         # update: several epochs of minibatches drawn without replacement
         batch = [batch_obs, batch_actions, batch_logprobs, batch_values]
@@ -400,7 +400,8 @@ def train(args: Args) -> Agent:
 
         # log
         means = {f"losses/{k}": torch.stack([s[k] for s in stats]).mean().item() for k in stats[0]}
-        run.check_finite(global_step, **means)
+        weights = nn.utils.get_total_norm(agent.parameters())
+        run.check_finite(global_step, **means, weights=weights.item())
         errors, targets = (returns - values[:T]).var(), returns.var()  # [C12]
         means["losses/explained_variance"] = 1 - errors / targets if targets > 0 else np.nan
         run.log_iteration(global_step, {"charts/learning_rate": lr.item()} | means)
@@ -419,7 +420,7 @@ def train(args: Args) -> Agent:
 def fail(message: str):
     """Stop with one line that says what is wrong and what to do."""
     print("error:", *str(message).split(), file=sys.stderr)
-    raise SystemExit(2)
+    sys.exit(2)
 
 
 def parse_args(argv: list[str]) -> Args:
@@ -454,9 +455,11 @@ def check_args(args: Args):
         make_envs(dataclasses.replace(args, num_envs=1, vectorization="sync")).close()
     except gym.error.UnregisteredEnv as error:
         near = difflib.get_close_matches(args.env_id, gym.registry, n=3, cutoff=0.5)
-        fail(f"unknown environment {args.env_id}; nearest: {', '.join(near)}" if near else error)
+        near = f"nearest: {', '.join(near)}" if near else f"{error}; Atari is in ppo_atari.py"
+        fail(f"unknown environment {args.env_id}; {near}")
     except ModuleNotFoundError as error:
-        fail(f"{args.env_id} needs the package {error.name}: pip install {error.name}")
+        hint = f"pip install {error.name}" if error.name else "install it or correct the name"
+        fail(f"{args.env_id}: {error}; {hint}")
     except (gym.error.Error, ImportError) as error:
         fail(f"{args.env_id}: {error}")
 
@@ -465,7 +468,7 @@ class Run:
     """What a run leaves behind: config.json, metrics.csv, checkpoint.pt, a copy of this script."""
 
     def __init__(self, args: Args, device: torch.device):
-        self.args, self.start_time, self.checkpoint = args, time.time(), None
+        self.args, self.checkpoint = args, None
         self.folder = self.new_folder()
         derived = ("batch_size", "minibatch_size", "num_iterations")
         config = dataclasses.asdict(args) | {name: getattr(args, name) for name in derived}
@@ -488,11 +491,12 @@ class Run:
                     save_code=True,
                 )
             except wandb.Error as error:
+                shutil.rmtree(self.folder)
                 fail(f"Weights & Biases: {error}")
             self.wandb.define_metric("*", step_metric="global_step")
         self.returns = deque(maxlen=100)  # of the last episodes, for the progress line
         self.bar = tqdm(total=args.total_timesteps, unit="step", disable=not sys.stderr.isatty())
-        self.last_line = self.start_time
+        self.start_time = self.last_line = time.time()
 
     def new_folder(self) -> Path:
         """runs/{run name}, never one that exists: a second later the name is another."""

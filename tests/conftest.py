@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import gymnasium as gym
+import numpy as np
 import pytest
 import torch
 
@@ -65,3 +66,24 @@ def metrics(folder="."):
             (int(row["global_step"]), float(row["time"]), row["name"], float(row["value"]))
             for row in csv.DictReader(file)
         ]
+
+
+def spy(monkeypatch, owner, name):
+    """Every call of owner.name from now on, as (arguments, result)."""
+    original, calls = getattr(owner, name), []
+
+    def recorder(*args, **kwargs):
+        arrays = [x.copy() if isinstance(x, np.ndarray) else x for x in args]  # storage is reused
+        result = original(*args, **kwargs)
+        calls.append((arrays, result))
+        return result
+
+    monkeypatch.setattr(owner, name, recorder)
+    return calls
+
+
+def small_agent(script):
+    """An untrained agent for the script's default task, and the closed environments."""
+    envs = script.make_envs(script.Args(num_envs=1, vectorization="sync"))
+    envs.close()
+    return script.Agent(envs), envs

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from test_core import small_agent
+from conftest import small_agent
 
 import ppo_atari
 import ppo_continuous

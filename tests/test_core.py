@@ -11,7 +11,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from conftest import metrics
+from conftest import metrics, small_agent, spy
 from torch import nn
 
 import ppo_atari
@@ -66,18 +66,11 @@ def loss_of(
     return loss.item(), {name: value.item() for name, value in stats.items()}
 
 
-def spy(monkeypatch, owner, name):
-    """Every call of owner.name from now on, as (arguments, result)."""
-    original, calls = getattr(owner, name), []
-
-    def recorder(*args, **kwargs):
-        arrays = [x.copy() if isinstance(x, np.ndarray) else x for x in args]  # storage is reused
-        result = original(*args, **kwargs)
-        calls.append((arrays, result))
-        return result
-
-    monkeypatch.setattr(owner, name, recorder)
-    return calls
+def scripted(episodes):
+    """The id of a new environment that plays these episodes."""
+    env_id = f"Scripted{len(gym.registry)}-v0"
+    gym.register(env_id, "envs:Scripted", kwargs={"episodes": episodes})
+    return env_id
 
 
 def spy_steps(monkeypatch):
@@ -95,23 +88,14 @@ def spy_steps(monkeypatch):
     return steps
 
 
-def small_agent(script, env_id=None):
-    defaults = {"discrete": "CartPole-v1", "continuous": "HalfCheetah-v5"}
-    env_id = env_id or defaults.get(script.__name__[4:], "BreakoutNoFrameskip-v4")
-    envs = script.make_envs(script.Args(env_id=env_id, num_envs=1, vectorization="sync"))
-    envs.close()
-    return script.Agent(envs), envs
-
-
 def test_c1_rollouts_are_consecutive_pieces_of_the_same_episodes(monkeypatch):
     """Episodes of 5 steps seen through rollouts of 4: nothing is reset or lost in between."""
     ends = [(0.0, False, False)] * 4 + [(0.0, True, False)]
-    gym.register("Five-v0", "envs:Scripted", kwargs={"episodes": [ends]})
     losses = spy(monkeypatch, ppo_discrete, "ppo_loss")
     gaes = spy(monkeypatch, ppo_discrete, "gae")
     conftest.train(
         ppo_discrete,
-        env_id="Five-v0",
+        env_id=scripted([ends]),
         num_steps=4,
         num_envs=1,
         num_minibatches=1,
@@ -255,8 +239,6 @@ def test_truncation_is_bootstrapped_and_termination_is_not(
 ):
     """Two rewards of 1, values .5 and .6, .7 at the last observation, 10.5 at the next reset."""
     episode = [(1.0, False, False), (1.0, terminated, truncated)]
-    gym.registry.pop("Two-v0", None)
-    gym.register("Two-v0", "envs:Scripted", kwargs={"episodes": [episode]})
     monkeypatch.setattr(ppo_discrete, "Agent", KnownValues)
     monkeypatch.setattr(ppo_discrete, "act", lambda agent, obs: torch.zeros(len(obs)))
     monkeypatch.setattr(torch.optim.Adam, "step", lambda self: None)
@@ -264,7 +246,7 @@ def test_truncation_is_bootstrapped_and_termination_is_not(
     loop = {"num_envs": 1, "num_steps": 2, "num_minibatches": 1, "update_epochs": 1}
     conftest.train(
         ppo_discrete,
-        env_id="Two-v0",
+        env_id=scripted([episode]),
         total_timesteps=2,
         bootstrap_truncation=bootstrap,
         vf_coef=0.0,
@@ -287,11 +269,10 @@ def test_next_values_are_those_of_the_true_next_observation(monkeypatch):
         terminated, truncated = [(True, False), (False, True), (True, True)][rng.integers(3)]
         length = rng.integers(1, 5)
         episodes.append([(0.0, False, False)] * (length - 1) + [(0.0, terminated, truncated)])
-    gym.register("Random-v0", "envs:Scripted", kwargs={"episodes": episodes})
     monkeypatch.setattr(ppo_discrete, "Agent", KnownValues)
     monkeypatch.setattr(torch.optim.Adam, "step", lambda self: None)
     gaes = spy(monkeypatch, ppo_discrete, "gae")
-    conftest.train(ppo_discrete, env_id="Random-v0", num_steps=3, total_timesteps=96)
+    conftest.train(ppo_discrete, env_id=scripted(episodes), num_steps=3, total_timesteps=96)
     seen = np.concatenate([args[2] for args, _ in gaes])
     table, expected = (0.5, 0.6, 0.7, 0.8, 0.9), []
     for number, episode in enumerate(episodes):
@@ -303,10 +284,11 @@ def test_next_values_are_those_of_the_true_next_observation(monkeypatch):
 
 
 def test_c6_every_epoch_is_a_new_order_of_the_whole_batch(monkeypatch):
-    gym.register("Long-v0", "envs:Scripted", kwargs={"episodes": [[(0.0, False, False)] * 999]})
     losses = spy(monkeypatch, ppo_discrete, "ppo_loss")
     loop = {"num_envs": 1, "num_steps": 32, "num_minibatches": 4, "update_epochs": 3}
-    conftest.train(ppo_discrete, env_id="Long-v0", total_timesteps=64, **loop)
+    conftest.train(
+        ppo_discrete, env_id=scripted([[(0.0, False, False)] * 999]), total_timesteps=64, **loop
+    )
     chunks = [args[1][0][:, 1].tolist() for args, _ in losses]
     assert [len(chunk) for chunk in chunks] == [8] * (2 * 3 * 4)
     epochs = [[t for c in chunks[i : i + 4] for t in c] for i in range(0, len(chunks), 4)]

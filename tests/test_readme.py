@@ -4,6 +4,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 from importlib.metadata import version
 from pathlib import Path
 
@@ -29,6 +30,7 @@ def test_training_command(command):
         capture_output=True,
         text=True,
         timeout=300,
+        env={**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"},
     )
     assert done.returncode == 0, done.stderr
     assert "2,048 of 2,048 steps" in done.stdout
