@@ -570,6 +570,7 @@ class Run:
         self.metrics.close()
         if self.wandb:
             self.wandb.finish()
+        print(f"written to {self.folder}")
 
 
 def origin(device: torch.device) -> dict:

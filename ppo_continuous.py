@@ -162,7 +162,7 @@ class VecNormalize(gym.vector.VectorWrapper):
         action = action.clip(self.bounds.low, self.bounds.high)  # [R5] the rollout keeps the sample
         obs, reward, terminated, truncated, info = self.env.step(action)
 
-        self.obs_rms.update(obs)  # [R6] before its use
+        self.obs_rms.update(obs)  # [R6] counted before it is normalized
         if "final_obs" in info:  # normalized like any other, but never counted
             for i in np.flatnonzero(info["_final_obs"]):
                 info["final_obs"][i] = self.normalize(info["final_obs"][i])
@@ -575,6 +575,7 @@ class Run:
         self.metrics.close()
         if self.wandb:
             self.wandb.finish()
+        print(f"written to {self.folder}")
 
 
 def origin(device: torch.device) -> dict:

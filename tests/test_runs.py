@@ -378,12 +378,14 @@ def test_wandb_is_not_imported_without_track(untracked):
 
 
 def test_plain_lines_when_piped(untracked):
-    """No bar; the last line is the state at the end."""
-    _, process = untracked
+    """No bar; the last lines are the state at the end and the folder."""
+    folder, process = untracked
     assert "\r" not in process.stdout + process.stderr
     assert "step/s" not in process.stderr
-    last = process.stdout.splitlines()[-1]
+    *_, last, written = process.stdout.splitlines()
     assert re.fullmatch(r"2,048 of 2,048 steps, return [\d.]+, [\d,]+ steps/s", last)
+    (run,) = folder.glob("runs/*")
+    assert written == f"written to {run.relative_to(folder)}"
 
 
 def test_plain_lines_every_ten_seconds(monkeypatch, capsys):
@@ -398,7 +400,7 @@ def test_plain_lines_every_ten_seconds(monkeypatch, capsys):
     monkeypatch.setattr(script, "time", SimpleNamespace(time=lambda: clock.now))
     monkeypatch.setattr(script.Run, "log_iteration", log_iteration)
     train(script, env_id="Scripted-v0", total_timesteps=25 * 32)
-    lines = capsys.readouterr().out.splitlines()
+    *lines, _ = capsys.readouterr().out.splitlines()
     assert [line.split(" of ")[0] for line in lines] == ["352", "704", "800"]
     assert lines[-1] == "800 of 800 steps, return 3.0, 32 steps/s"
 
@@ -420,7 +422,7 @@ def test_bar_on_a_terminal(tmp_path):
     last = shown.decode().replace("\n", "\r").strip("\r").split("\r")[-1]
     pattern = r"100%.*8192/8192 \[\d\d:\d\d<\d\d:\d\d, +[\d.]+k?step/s, return [\d.]+\]"
     assert re.search(pattern, last), shown
-    assert (tmp_path / "stdout").read_text() == ""
+    assert (tmp_path / "stdout").read_text().startswith("written to runs/")
 
 
 # ------------------------------------------------------------------------------------------------
