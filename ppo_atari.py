@@ -49,7 +49,6 @@ import shutil
 import subprocess
 import sys
 import time
-from collections import deque
 from pathlib import Path
 from typing import Literal
 
@@ -234,6 +233,7 @@ class Agent(nn.Module):
         )
         self.actor = layer_init(nn.Linear(512, envs.single_action_space.n), gain=0.01)
         self.critic = layer_init(nn.Linear(512, 1), gain=1.0)
+        self.to(memory_format=torch.channels_last)  # the same numbers, faster convolutions
 
     def policy(self, obs):
         """obs uint8 [*, 4, 84, 84] -> distribution over actions [*]"""
@@ -369,8 +369,10 @@ def train(args: Args) -> Agent:
         batch_obs = torch.as_tensor(obs[:T], device=device).flatten(0, 1)
         batch_actions = torch.as_tensor(actions, device=device).flatten(0, 1)
         with torch.no_grad():
-            policy, batch_values = agent(batch_obs)
-            batch_logprobs = policy.log_prob(batch_actions)
+            outputs = [agent(chunk) for chunk in batch_obs.split(args.minibatch_size)]
+            pairs = zip(outputs, batch_actions.split(args.minibatch_size), strict=True)
+            batch_logprobs = torch.cat([policy.log_prob(chunk) for (policy, _), chunk in pairs])
+            batch_values = torch.cat([values for _, values in outputs])
             _, last_values = agent(torch.as_tensor(obs[T], device=device))
         values = torch.cat([batch_values, last_values]).view(T + 1, N).cpu().numpy()
 
@@ -494,7 +496,7 @@ class Run:
                 shutil.rmtree(self.folder)
                 fail(f"Weights & Biases: {error}")
             self.wandb.define_metric("*", step_metric="global_step")
-        self.returns = deque(maxlen=100)  # of the last episodes, for the progress line
+        self.returns = []  # of all episodes so far
         self.bar = tqdm(total=args.total_timesteps, unit="step", disable=not sys.stderr.isatty())
         self.start_time = self.last_line = time.time()
 
@@ -537,7 +539,7 @@ class Run:
         steps_per_second = int(global_step / (time.time() - self.start_time))
         self.log(global_step, metrics | {"charts/SPS": steps_per_second})
         self.metrics.flush()
-        mean_return = f"{np.mean(self.returns):.1f}" if self.returns else "none yet"
+        mean_return = f"{np.mean(self.returns[-100:]):.1f}" if self.returns else "none yet"
         self.bar.set_postfix_str(f"return {mean_return}", refresh=False)
         self.bar.update(global_step - self.bar.n)
         last = global_step + self.args.batch_size > self.args.total_timesteps
