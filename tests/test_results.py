@@ -1,0 +1,68 @@
+"""The figures of docs/results.md are those of the runs kept beside it, and reach their bars."""
+
+import hashlib
+import importlib.util
+import json
+import subprocess
+
+import numpy as np
+import pytest
+from conftest import ROOT
+
+spec = importlib.util.spec_from_file_location("make_results", ROOT / "docs" / "make_results.py")
+make_results = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(make_results)
+
+RUNS = make_results.load()
+each_run = pytest.mark.parametrize(
+    ("config", "metrics"), RUNS, ids=[config["run_name"] for config, _ in RUNS]
+)
+
+
+def test_page_is_up_to_date():
+    assert (ROOT / "docs" / "results.md").read_text() == make_results.page(RUNS)
+
+
+@pytest.mark.parametrize("group", make_results.GROUPS, ids=lambda group: str(group[:2]))
+def test_every_bar_is_reached(group):
+    env_id, changes, bar, _ = group
+    scores = [make_results.last_100(m) for _, m in make_results.select(RUNS, env_id, changes)]
+    assert scores
+    assert bar is None or min(scores) >= bar
+
+
+def test_bootstrapping_truncations_is_worth_it():
+    """Every episode of Pendulum-v1 is cut off by its time limit."""
+    with_it, without = (
+        np.mean([make_results.last_100(m) for _, m in make_results.select(RUNS, env_id, changes)])
+        for env_id, changes, *_ in make_results.GROUPS
+        if env_id == "Pendulum-v1"
+    )
+    assert with_it > without + 300
+
+
+@each_run
+def test_run_is_kept_whole_and_small(config, metrics):
+    path = make_results.RESULTS / f"{config['run_name']}.csv.gz"
+    assert path.stat().st_size <= 300_000
+    steps, lengths = metrics["charts/episodic_length"]
+    assert (np.diff(steps) >= 0).all()
+    played = config["num_iterations"] * config["batch_size"]
+    longest = lengths.max() * config["num_envs"]
+    assert played - longest < lengths.sum() <= played  # all episodes but the unfinished ones
+    for name, (steps, _) in metrics.items():
+        if name not in make_results.EPISODE:
+            assert len(steps) == min(500, config["num_iterations"])
+            assert steps[-1] == played
+
+
+@each_run
+def test_script_of_a_run_is_the_one_of_its_commit(config, metrics):
+    """Where the history is at hand; a downloaded archive has none."""
+    if not (ROOT / ".git").exists():
+        return
+    script = config["command"].split()[0]
+    show = ["git", "-C", str(ROOT), "show", f"{config['git_commit']}:{script}"]
+    text = subprocess.run(show, check=True, capture_output=True).stdout
+    assert hashlib.sha256(text).hexdigest() == config["script_sha256"]
+    assert json.dumps(config["versions"]) == json.dumps(RUNS[0][0]["versions"])
