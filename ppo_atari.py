@@ -4,7 +4,7 @@
 
 The PPO of openai/baselines [ppo2] as described by "The 37 Implementation Details of PPO" [37].
 A tag such as [C5] marks the line that implements a detail: C = core, A = Atari, R = robotics,
-X = optional. `grep -n "\\[A" ppo_atari.py` lists them; docs/details.md explains them.
+X = optional. `grep -n "\\[[CARX][0-9]" ppo_atari.py` lists them; see docs/details.md.
 
 Notation, used without exception below
     T = num_steps         steps per environment in a rollout
@@ -45,6 +45,7 @@ import json
 import os
 import platform
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -84,8 +85,8 @@ class Args:
     num_envs: int = 8  # N, environments stepped in parallel [C1]
     num_steps: int = 128  # T, steps per environment in a rollout
     gamma: float = 0.99  # discount factor
-    gae_lambda: float = 0.95  # bias against variance of the advantage estimate [C5]
-    bootstrap_truncation: bool = True  # a time limit is not death; off: as Baselines
+    gae_lambda: float = 0.95  # trades bias against variance of the advantages [C5]
+    bootstrap_truncation: bool = True  # V(last observation) where a time limit cut off
 
     update_epochs: int = 4  # passes over the batch per rollout
     num_minibatches: int = 4  # minibatches per pass [C6]
@@ -93,7 +94,7 @@ class Args:
     anneal_lr: bool = True  # lower the learning rate linearly to zero [C4]
     norm_adv: bool = True  # normalize advantages in each minibatch [C7]
     clip_coef: float = 0.1  # epsilon, how far the policy may move per rollout [C8]
-    clip_vloss: bool = True  # keep the value function within epsilon, too [C9]
+    clip_vloss: bool = True  # clip the change of the value function by epsilon, too [C9]
     ent_coef: float = 0.01  # c2, weight of the entropy bonus [C10]
     vf_coef: float = 0.5  # c1, weight of the value loss [C10]
     max_grad_norm: float = 0.5  # global norm the gradient is clipped to [C11]
@@ -126,7 +127,7 @@ class AtariPreprocessing(gym.Wrapper):
     def __init__(self, env: gym.Env):
         super().__init__(env)
         self.observation_space = gym.spaces.Box(0, 255, (4, 84, 84), np.uint8)
-        self.needs_fire = "FIRE" in env.unwrapped.get_action_meanings()
+        self.needs_fire = env.unwrapped.get_action_meanings()[1:2] == ["FIRE"]
         self.frames = np.zeros((4, 84, 84), np.uint8)
         self.screens = (None, None)  # the last two raw screens, uint8 [height, width, 3]
         self.lives, self.game_over = 0, True
@@ -185,15 +186,16 @@ class AtariPreprocessing(gym.Wrapper):
 
 def preprocess(env: gym.Env) -> gym.Env:
     """The game as the network sees it, with its true score in `info`."""
-    env = gym.wrappers.RecordEpisodeStatistics(env)  # innermost: raw scores of whole games
+    env = gym.wrappers.RecordEpisodeStatistics(env, stats_key="recorded")  # innermost: true scores
     return AtariPreprocessing(env)
 
 
 def make_envs(args: Args) -> gym.vector.VectorEnv:
     """N environments in lockstep; when one ends, it returns the first observation of the next."""
     gym.register_envs(ale_py)
-    if not isinstance(gym.make(args.env_id).unwrapped, ale_py.AtariEnv):
-        raise gym.error.Error("no Atari game; use ppo_discrete.py or ppo_continuous.py")
+    with gym.make(args.env_id) as game:
+        if not isinstance(game.unwrapped, ale_py.AtariEnv):
+            raise gym.error.Error("no Atari game; use ppo_discrete.py or ppo_continuous.py")
     return gym.make_vec(
         args.env_id,
         num_envs=args.num_envs,  # [C1]
@@ -427,17 +429,22 @@ def fail(message: str):
 
 def parse_args(argv: list[str]) -> Args:
     """Args from the command line; W&B sweeps write a boolean as --flag=True or --flag=False."""
-    argv = [re.sub(r"^--(.+)=[Tt]rue$", r"--\1", arg) for arg in argv]
-    argv = [re.sub(r"^--(.+)=[Ff]alse$", r"--no-\1", arg) for arg in argv]
+    names = [field.name for field in dataclasses.fields(Args) if field.type is bool]
+    names = "|".join(names).replace("_", "[-_]")
+    argv = [re.sub(rf"^--({names})=[Tt]rue$", r"--\1", arg) for arg in argv]
+    argv = [re.sub(rf"^--({names})=[Ff]alse$", r"--no-\1", arg) for arg in argv]
     return tyro.cli(Args, args=argv, description=__doc__.splitlines()[0])
 
 
 def check_args(args: Args):
     """Refuse what cannot work, before any training starts and before W&B is contacted."""
-    counts = ("torch_threads", "checkpoint_every", "num_envs", "num_steps")
-    for name in (*counts, "update_epochs", "num_minibatches"):
-        if getattr(args, name) < 1:
-            fail(f"--{name.replace('_', '-')} is {getattr(args, name)}, it must be at least 1")
+    counts = ("torch_threads", "checkpoint_every", "num_envs", "num_steps", "update_epochs")
+    for name in ("seed", *counts, "num_minibatches", "learning_rate"):
+        least = 0 if name in ("seed", "learning_rate") else 1
+        if not least <= getattr(args, name) < np.inf:
+            fail(
+                f"--{name.replace('_', '-')} is {getattr(args, name)}, it must be at least {least}"
+            )
     if args.batch_size % args.num_minibatches:
         fail(
             f"a batch of {args.batch_size} (--num-envs x --num-steps) cannot be divided into "
@@ -457,11 +464,13 @@ def check_args(args: Args):
         make_envs(dataclasses.replace(args, num_envs=1, vectorization="sync")).close()
     except gym.error.UnregisteredEnv as error:
         near = difflib.get_close_matches(args.env_id, gym.registry, n=3, cutoff=0.5)
-        near = f"nearest: {', '.join(near)}" if near else f"{error}; Atari is in ppo_atari.py"
-        fail(f"unknown environment {args.env_id}; {near}")
+        hint = f"nearest: {', '.join(near)}" if near else str(error)
+        if re.search("^ALE/|NoFrameskip", args.env_id) and "ALE/Pong-v5" not in gym.registry:
+            hint = "ppo_atari.py plays Atari games"
+        fail(f"unknown environment {args.env_id}; {hint}")
     except ModuleNotFoundError as error:
         hint = f"pip install {error.name}" if error.name else "install it or correct the name"
-        fail(f"{args.env_id}: {error}; {hint}")
+        fail(f"{args.env_id}: {str(error).rstrip('.')}; {hint}")
     except (gym.error.Error, ImportError) as error:
         fail(f"{args.env_id}: {error}")
 
@@ -474,9 +483,8 @@ class Run:
         self.folder = self.new_folder()
         derived = ("batch_size", "minibatch_size", "num_iterations")
         config = dataclasses.asdict(args) | {name: getattr(args, name) for name in derived}
-        (self.folder / "config.json").write_text(
-            json.dumps(config | origin(device), indent=2) + "\n"
-        )
+        text = json.dumps(config | origin(device), indent=2)
+        (self.folder / "config.json").write_text(text + "\n")
         shutil.copy(__file__, self.folder)
         self.metrics = open(self.folder / "metrics.csv", "w")
         self.metrics.write("global_step,time,name,value\n")
@@ -496,7 +504,7 @@ class Run:
                 shutil.rmtree(self.folder)
                 fail(f"Weights & Biases: {error}")
             self.wandb.define_metric("*", step_metric="global_step")
-        self.returns = []  # of all episodes so far
+        self.last_returns = []  # of the last 100 episodes
         self.bar = tqdm(total=args.total_timesteps, unit="step", disable=not sys.stderr.isatty())
         self.start_time = self.last_line = time.time()
 
@@ -522,24 +530,20 @@ class Run:
 
     def log_episodes(self, global_step: int, info: dict):
         """Return and length of each episode that ended with this step, in the order of the envs."""
-        if "episode" in info.get("final_info", {}):
-            episode = info["final_info"]["episode"]
-            for i in np.flatnonzero(info["final_info"]["_episode"]):
-                self.returns.append(float(episode["r"][i]))
-                self.log(
-                    global_step,
-                    {
-                        "charts/episodic_return": float(episode["r"][i]),
-                        "charts/episodic_length": int(episode["l"][i]),
-                    },
-                )
+        if "recorded" in info.get("final_info", {}):
+            recorded = info["final_info"]["recorded"]
+            for i in np.flatnonzero(info["final_info"]["_recorded"]):
+                score, length = float(recorded["r"][i]), int(recorded["l"][i])
+                row = {"charts/episodic_return": score, "charts/episodic_length": length}
+                self.log(global_step, row)
+                self.last_returns = [*self.last_returns[-99:], score]
 
     def log_iteration(self, global_step: int, metrics: dict[str, float]):
         """The metrics of one iteration and the progress: a bar on a terminal, else plain lines."""
         steps_per_second = int(global_step / (time.time() - self.start_time))
         self.log(global_step, metrics | {"charts/SPS": steps_per_second})
         self.metrics.flush()
-        mean_return = f"{np.mean(self.returns[-100:]):.1f}" if self.returns else "none yet"
+        mean_return = f"{np.mean(self.last_returns):.1f}" if self.last_returns else "none yet"
         self.bar.set_postfix_str(f"return {mean_return}", refresh=False)
         self.bar.update(global_step - self.bar.n)
         last = global_step + self.args.batch_size > self.args.total_timesteps
@@ -583,8 +587,9 @@ def origin(device: torch.device) -> dict:
             versions[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             versions[package] = None
-    git = f"git -C '{Path(__file__).parent}' describe --always --dirty --abbrev=40"
-    status, commit = subprocess.getstatusoutput(git)
+    git = f"git -C {shlex.quote(str(Path(__file__).parent))} describe"
+    describe = f"{git} --always --dirty --abbrev=40 --exclude='*'"  # the commit, whatever the tags
+    status, commit = subprocess.getstatusoutput(describe)
     return {
         "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
         "cpus": os.cpu_count(),
@@ -592,7 +597,7 @@ def origin(device: torch.device) -> dict:
         "versions": versions,
         "git_commit": commit if status == 0 else None,
         "script_sha256": hashlib.sha256(Path(__file__).read_bytes()).hexdigest(),
-        "command": " ".join(sys.argv),
+        "command": shlex.join(sys.argv),
     }
 
 

@@ -290,13 +290,13 @@ def test_whole_games_are_recorded_once_with_their_raw_score(end):
         game.upcoming.extend([Frame(0, -200.0), Frame(0, 0.25, end=end)])
         _, reward, terminated, _, info = envs.step([RIGHT])
         assert (reward, terminated) == (1, True)
-        assert "episode" not in info["final_info"]
+        assert "recorded" not in info["final_info"]
         length = len(game.log) - start
         _, reward, terminated, truncated, info = envs.step([RIGHT])
         assert (reward, terminated, truncated) == (-1, *ENDS[end])
-        episode = info["final_info"]["episode"]
+        episode = info["final_info"]["recorded"]
         assert (episode["r"], episode["l"]) == (400.0 - 0.5 + 120.0 - 200.0 + 0.25, length + 2)
-        assert "episode" not in envs.step([RIGHT])[-1]
+        assert "recorded" not in envs.step([RIGHT])[-1]
 
 
 # ------------------------------------------------------------------------------------------------
@@ -578,8 +578,8 @@ def test_async_equals_sync():
         assert info.keys() == other.keys()
         for i in np.flatnonzero(info.get("_final_obs", [])):
             assert np.array_equal(info["final_obs"][i], other["final_obs"][i])
-        if "episode" in info.get("final_info", {}):
-            scores = [x["final_info"]["episode"] for x in (info, other)]
+        if "recorded" in info.get("final_info", {}):
+            scores = [x["final_info"]["recorded"] for x in (info, other)]
             assert all(np.array_equal(scores[0][key], scores[1][key]) for key in ("r", "l"))
             games += 1
     assert games >= 2
@@ -607,10 +607,10 @@ def test_every_step_equals_stable_baselines3(game):
         for i, their_info in enumerate(their_infos):
             assert (truncated[i] and not terminated[i]) == their_info["TimeLimit.truncated"]
             assert ("episode" in their_info) == (
-                their_dones[i] and info["final_info"].get("_episode", [False] * 2)[i]
+                their_dones[i] and info["final_info"].get("_recorded", [False] * 2)[i]
             )
             if "episode" in their_info:
-                score = {key: info["final_info"]["episode"][key][i] for key in ("r", "l")}
+                score = {key: info["final_info"]["recorded"][key][i] for key in ("r", "l")}
                 assert score == {key: their_info["episode"][key] for key in ("r", "l")}
                 scores.append(score["r"])
             elif their_dones[i]:  # where a game ends, their last observation has older frames

@@ -333,8 +333,7 @@ def test_c7_equal_advantages_become_zero():
     assert (agent.logprobs.grad == 0).all()
 
 
-def test_c7_is_done_in_each_minibatch(monkeypatch):
-    """Two minibatches with means of about 0 and 100 both come out with mean 0."""
+def test_c7_minibatches_with_means_of_about_0_and_100_both_get_mean_0():
     for shift in (0.0, 100.0):
         agent = FakePolicy([0.0] * 4, [0.0] * 4)
         loss_of(agent, advantages=[shift + x for x in (1.0, 2.0, 3.0, 4.0)], norm_adv=True)
@@ -525,7 +524,7 @@ def test_first_minibatch_of_every_rollout_is_on_policy(monkeypatch, script, chan
 
 
 def test_act_samples_from_the_policy(script):
-    """10,000 draws have the mean of the distribution that `forward` returns, without a graph."""
+    """2,000 draws have the mean of the distribution that `forward` returns, without a graph."""
     agent, envs = small_agent(script)
     obs = torch.zeros(1, *envs.single_observation_space.shape)
     head = agent.actor if script is ppo_atari else agent.actor[-1]

@@ -43,7 +43,7 @@ def test_atari_learns_to_name_what_it_sees(monkeypatch):
             num_envs=args.num_envs,
             vectorization_mode="sync",
             vector_kwargs={"autoreset_mode": gym.vector.AutoresetMode.SAME_STEP},
-            wrappers=[gym.wrappers.RecordEpisodeStatistics],
+            wrappers=[lambda env: gym.wrappers.RecordEpisodeStatistics(env, stats_key="recorded")],
         )
 
     monkeypatch.setattr(ppo_atari, "make_envs", make_envs)

@@ -20,7 +20,7 @@ TRAINING = [line for line in COMMANDS if "ppo_" in line]
 
 @pytest.mark.parametrize("command", TRAINING)
 def test_training_command(command):
-    """Word for word, for two batches at most, in a folder that holds nothing but the scripts."""
+    """Word for word, for 2,048 steps, in a folder that holds nothing but the scripts."""
     for path in ROOT.glob("ppo_*.py"):
         shutil.copy(path, ".")
     done = subprocess.run(
