@@ -1,4 +1,4 @@
-"""Writes docs/details.md: docs/details.toml with the tagged lines and the names of the tests.
+"""Writes the page docs/details.md from docs/details.toml, the scripts and the tests.
 
 python docs/make_details.py
 """

@@ -12,6 +12,7 @@ import csv
 import gzip
 import io
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -33,6 +34,7 @@ GROUPS = [
     ("Hopper-v5", {}, 1800, "2,383 +- 272 (v4)"),
     ("Pendulum-v1", {"bootstrap_truncation": True}, None, ""),
     ("Pendulum-v1", {"bootstrap_truncation": False}, None, ""),
+    ("BreakoutNoFrameskip-v4", {}, None, ""),
 ]
 
 
@@ -42,6 +44,8 @@ Made by `python docs/make_results.py` from the runs in [results/](results), whic
 episode. A score is the mean return of the last 100 training episodes of a run, played by the
 stochastic policy while it learns, as everywhere in the field. CleanRL's column is what it
 [publishes](https://github.com/vwxyzjn/cleanrl/tree/fe8d8a0/docs/benchmark) for its own scripts.
+Breakout is a first look at 3 % of the default 10M steps. In Pendulum-v1 every episode is cut off by
+its time limit: there, bootstrapping the cut decides between learning and not learning.
 
 | environment | steps | seeds | score of each | mean | bar | CleanRL |
 |---|---|---|---|---|---|---|"""
@@ -60,12 +64,14 @@ def thin(rows):
 
 
 def keep(folder):
-    """Copy the run in `folder` to docs/results/."""
+    """Copy the run in `folder` to docs/results/; call it on the machine that ran it."""
     config = json.loads((folder / "config.json").read_text())
+    if not re.fullmatch("[0-9a-f]{40}", config["git_commit"] or ""):
+        sys.exit(f"{folder}: not from a commit, but from {config['git_commit']}")
     with open("/proc/cpuinfo") as file:
         cpu = next(line.split(":")[1].strip() for line in file if line.startswith("model name"))
     config["run_name"] = folder.name
-    config["machine"] = f"{config['cpus']} cores of an {cpu}, {config['device']}"
+    config["machine"] = f"{config['cpus']} cores, {cpu}, device {config['device']}"
     (RESULTS / f"{folder.name}.json").write_text(json.dumps(config, indent=2) + "\n")
     with open(folder / "metrics.csv") as file:
         rows = list(csv.DictReader(file))
@@ -123,19 +129,20 @@ def page(runs):
         lines.append(f"| {' | '.join(cells)} |")
     lines += ["", "![learning curves](results/curves.png)", "", "## Runs", ""]
     lines += [
-        "| run | command | minutes | commit | sha256 of the script |",
-        "|---|---|---|---|---|",
+        "| run | command | steps/s | minutes | torch threads | commit | sha256 of the script |",
+        "|---|---|---|---|---|---|---|",
     ]
     for config, metrics in runs:
         steps, speeds = metrics["charts/SPS"]
         lines.append(
             f"| {config['run_name']} | `python {config['command']}` "
-            f"| {steps[-1] / speeds[-1] / 60:.1f} "
+            f"| {speeds[-1]:,.0f} | {steps[-1] / speeds[-1] / 60:.1f} | {config['torch_threads']} "
             f"| {config['git_commit'][:12]} | {config['script_sha256'][:12]} |"
         )
     machines = sorted({config["machine"] for config, _ in runs})
     versions = sorted({json.dumps(config["versions"]) for config, _ in runs})
-    lines += ["", f"Machine: {'; '.join(machines)}; two runs side by side, one torch thread each."]
+    lines += ["", f"Machine: {'; '.join(machines)}, shared, with up to two other runs beside each:"]
+    lines += ["steps/s here are no benchmark."]
     lines += ["", *(f"Versions: `{version}`" for version in versions)]
     return "\n".join(lines) + "\n"
 
@@ -143,8 +150,8 @@ def page(runs):
 def plot(runs, path):
     """Return of each episode, averaged over windows of 1/50 of the training."""
     tasks = list(dict.fromkeys(env_id for env_id, *_ in GROUPS))
-    figure, axes = plt.subplots(1, len(tasks), figsize=(4 * len(tasks), 3.2), layout="constrained")
-    for axis, task in zip(axes, tasks, strict=True):
+    figure, axes = plt.subplots(2, 3, figsize=(11, 6), layout="constrained")
+    for axis, task in zip(axes.flat, tasks, strict=True):
         for env_id, changes, bar, _ in GROUPS:
             if env_id != task:
                 continue

@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from conftest import small_agent
 
 import ppo_atari
 import ppo_continuous
 import ppo_discrete
+from conftest import small_agent
 
 
 @pytest.mark.parametrize(

@@ -4,14 +4,14 @@ import math
 import types
 from pathlib import Path
 
-import conftest
-import envs
 import gymnasium as gym
 import numpy as np
 import pytest
 import torch
 from stable_baselines3.common import vec_env
 
+import conftest
+import envs
 import ppo_continuous
 
 LN2 = math.log(2)

@@ -6,17 +6,17 @@ of these tests look at one script only.
 
 import types
 
-import conftest
 import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from conftest import metrics, small_agent, spy
 from torch import nn
 
+import conftest
 import ppo_atari
 import ppo_continuous
 import ppo_discrete
+from conftest import metrics, small_agent, spy
 
 
 class FakePolicy(nn.Module):

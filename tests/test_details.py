@@ -2,15 +2,14 @@
 
 import ast
 import re
-import sys
 from collections import Counter
 from pathlib import Path
 
 import pytest
 
+import make_details
+
 ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT / "docs"))
-import make_details  # noqa: E402
 
 DETAILS = make_details.table()
 PATHS = sorted(ROOT.glob("ppo_*.py"))

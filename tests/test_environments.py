@@ -4,15 +4,17 @@ import copy
 import os
 import types
 
-import conftest
 import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from gymnasium.spaces import Box, Dict, Discrete, MultiBinary, MultiDiscrete, Tuple
+from gymnasium.spaces import Box, Dict, Discrete, MultiBinary, MultiDiscrete, Sequence, Tuple
 
+import conftest
 import ppo_continuous
 import ppo_discrete
+from conftest import metrics, train
+from envs import Scripted
 
 INF = np.inf
 
@@ -74,6 +76,7 @@ BOXES = {
     "Asymmetric": Box(np.float32([-0.1, -2, 0.5]), np.float32([0.3, 0, 4])),
     "Infinite": Box(np.float32([-INF, -0.2, -INF]), np.float32([INF, INF, 0.2])),
     "Float64": Box(-0.5, 0.5, (2,), np.float64),
+    "Half": Box(-0.5, 0.5, (2,), np.float16),
 }
 OTHERS = {"Bits": MultiBinary(3), "Numbers": MultiDiscrete([2, 3]), "Tuple": Tuple((Discrete(2),))}
 ONE_ACTION = {"ppo_discrete": Discrete(2), "ppo_continuous": BOXES["Pair"]}
@@ -147,7 +150,7 @@ def sub_envs(seen):
 @pytest.mark.usefixtures("unnormalized")
 @pytest.mark.parametrize("name", OBSERVATIONS)
 def test_any_observation_becomes_one_float32_vector(script, seen, name):
-    conftest.train(script, env_id=f"{script.__name__}/Sees{name}-v0")
+    train(script, env_id=f"{script.__name__}/Sees{name}-v0")
     space = OBSERVATIONS[name]
     (size,) = seen.envs[0].single_observation_space.shape
     assert size == gym.spaces.flatdim(space)
@@ -164,7 +167,7 @@ def test_any_observation_becomes_one_float32_vector(script, seen, name):
 
 @pytest.mark.parametrize("name", ["Float64", "Integers", "Number", "Nested"])
 def test_networks_only_ever_see_float32(script, seen, name):
-    conftest.train(script, env_id=f"{script.__name__}/Sees{name}-v0")
+    train(script, env_id=f"{script.__name__}/Sees{name}-v0")
     assert seen.envs[0].single_observation_space.dtype == np.float32
     assert {x.dtype for x in seen.inputs} == {torch.float32}
 
@@ -176,7 +179,7 @@ def test_networks_only_ever_see_float32(script, seen, name):
 @pytest.mark.parametrize("name", NUMBERS)
 @pytest.mark.parametrize("script", [ppo_discrete], indirect=True)
 def test_discrete_actions_are_counted_from_the_first_of_the_environment(script, seen, name):
-    conftest.train(script, env_id=f"Takes{name}-v0")
+    train(script, env_id=f"Takes{name}-v0")
     space = NUMBERS[name]
     assert seen.envs[0].single_action_space == Discrete(space.n)
     assert set(np.ravel(seen.actions)) == set(range(space.n))
@@ -188,7 +191,7 @@ def test_discrete_actions_are_counted_from_the_first_of_the_environment(script, 
 @pytest.mark.parametrize("name", BOXES)
 @pytest.mark.parametrize("script", [ppo_continuous], indirect=True)
 def test_continuous_actions_reach_the_environment_in_its_shape_and_bounds(script, seen, name):
-    conftest.train(script, env_id=f"Takes{name}-v0")
+    train(script, env_id=f"Takes{name}-v0")
     space = BOXES[name]
     given = np.array(seen.actions)
     assert given.shape == (32, 2, np.prod(space.shape, dtype=int))
@@ -196,8 +199,9 @@ def test_continuous_actions_reach_the_environment_in_its_shape_and_bounds(script
         expected = given[:, i].reshape(32, *space.shape)
         assert (expected > space.high).any() or (expected < space.low).any()
         expected = np.minimum(np.maximum(expected, space.low), space.high)
-        np.testing.assert_array_equal(env.actions, expected)
+        np.testing.assert_array_equal(env.actions, expected.astype(space.dtype))
         assert {np.shape(action) for action in env.actions} == {space.shape}
+        assert {action.dtype for action in env.actions} == {space.dtype}
 
 
 @pytest.mark.parametrize("vectorization", ["sync", "async"])
@@ -224,7 +228,7 @@ def test_other_actions_are_refused_with_the_script_that_has_them(script, vectori
 @pytest.mark.parametrize("num_envs", [1, 3])
 def test_c1_environments_go_on_from_one_rollout_to_the_next(script, seen, num_envs):
     env_id = f"{script.__name__}/Long-v0"
-    conftest.train(script, env_id=env_id, num_steps=4, num_envs=num_envs, total_timesteps=99)
+    train(script, env_id=env_id, num_steps=4, num_envs=num_envs, total_timesteps=99)
     rollouts = 99 // (4 * num_envs)
     assert len(seen.obs) == 4 * rollouts
     for t, obs in enumerate(seen.obs):
@@ -234,7 +238,7 @@ def test_c1_environments_go_on_from_one_rollout_to_the_next(script, seen, num_en
 
 @pytest.mark.usefixtures("unnormalized")
 def test_an_episode_is_followed_by_the_first_observation_of_the_next(script, seen):
-    conftest.train(script, env_id=f"{script.__name__}/Short-v0", num_steps=4)
+    train(script, env_id=f"{script.__name__}/Short-v0", num_steps=4)
     assert len(seen.obs) == 8
     for t, obs in enumerate(seen.obs):
         assert obs.tolist() == [list(divmod(t, 3))] * 2  # (episode, step), never step 3
@@ -245,7 +249,7 @@ def test_no_environment_seed_is_shared_between_runs(script, monkeypatch):
     env_id = f"{script.__name__}/SeesVector-v0"
     for run, seed in enumerate([1, 2, 3, 1]):
         monkeypatch.setattr(Anything, "seeds", ())
-        conftest.train(script, env_id=env_id, seed=seed, num_envs=8, num_steps=4)
+        train(script, env_id=env_id, seed=seed, num_envs=8, num_steps=4)
         seeds[run] = Anything.seeds
         assert len(seeds[run]) == 8  # one for each environment, once
     assert seeds[3] == seeds[0]
@@ -265,9 +269,9 @@ def test_sync_and_async_runs_are_the_same(script, seen, name, tmp_path, monkeypa
         (tmp_path / vectorization).mkdir()
         monkeypatch.chdir(tmp_path / vectorization)
         env_id = f"{script.__name__}/Sees{name}-v0"
-        conftest.train(script, env_id=env_id, vectorization=vectorization, num_envs=3, num_steps=8)
+        train(script, env_id=env_id, vectorization=vectorization, num_envs=3, num_steps=8)
         assert type(seen.envs[-1].unwrapped) is kind
-        rows.append([(s, n, x) for s, _, n, x in conftest.metrics() if n != "charts/SPS"])
+        rows.append([(s, n, x) for s, _, n, x in metrics() if n != "charts/SPS"])
     assert len(rows[0]) > 20
     np.testing.assert_equal(rows[0], rows[1])
     np.testing.assert_array_equal(seen.obs[:16], seen.obs[16:])
@@ -302,7 +306,7 @@ def test_environment_of_a_third_party_module(script, vectorization, tmp_path, mo
     env_id = f"their_{kind}:Their{kind}-v0"
     if vectorization == "sync":
         monkeypatch.syspath_prepend(tmp_path)
-        conftest.train(script, env_id=env_id)
+        train(script, env_id=env_id)
     else:
         flags = ("--env-id", env_id, "--vectorization", "async", "--num-envs", "2", "--no-cuda")
         sizes = ("--total-timesteps", "128", "--num-steps", "32")
@@ -310,5 +314,57 @@ def test_environment_of_a_third_party_module(script, vectorization, tmp_path, mo
             kind, *flags, *sizes, env=os.environ | {"PYTHONPATH": str(tmp_path)}
         )
         assert finished.returncode == 0, finished.stderr
-    returns = {x for _, _, name, x in conftest.metrics() if name == "charts/episodic_return"}
+    returns = {x for _, _, name, x in metrics() if name == "charts/episodic_return"}
     assert returns == {2.5}
+
+
+class Awkward(Scripted):
+    """Writes every observation into the same array, and has an `info["episode"]` of its own."""
+
+    buffer = None
+
+    def observation(self):
+        if self.buffer is None:
+            self.buffer = super().observation()
+        self.buffer[:] = self.episode, self.t
+        return self.buffer
+
+    def step(self, action):
+        *result, info = super().step(action)
+        return *result, info | {"episode": "mine"}
+
+
+CUT_OFF = {"episodes": (((1.0, False, False), (2.0, False, True)),)}
+for kind, space in ONE_ACTION.items():
+    awkward = type("Awkward", (Awkward,), {"action_space": space})
+    gym.register(f"{kind}/Awkward-v0", awkward, kwargs=CUT_OFF)
+
+
+@pytest.mark.parametrize("vectorization", ["sync", "async"])
+def test_last_observation_is_kept_when_an_environment_reuses_its_array(
+    script, unnormalized, vectorization
+):
+    args = script.Args(
+        env_id=f"{script.__name__}/Awkward-v0", vectorization=vectorization, num_envs=1
+    )
+    envs = script.make_envs(args)
+    envs.reset()
+    actions = np.zeros((1, *envs.single_action_space.shape), envs.single_action_space.dtype)
+    envs.step(actions)
+    obs, *_, info = envs.step(actions)
+    envs.close()
+    assert info["final_obs"][0].tolist() == [0, 2]
+    assert obs[0].tolist() == [1, 0]
+
+
+def test_episodes_are_recorded_beside_those_an_environment_reports(script):
+    train(script, env_id=f"{script.__name__}/Awkward-v0")
+    returns = [value for *_, name, value in metrics() if name == "charts/episodic_return"]
+    assert returns == [3.0] * 32
+
+
+def test_observations_that_are_no_vector_are_refused(script):
+    spaces = {"observations": Sequence(Discrete(3)), "actions": ONE_ACTION[script.__name__]}
+    gym.register(f"{script.__name__}/Sequence-v0", Anything, kwargs=spaces)
+    with pytest.raises(gym.error.Error, match=r"Sequence.*cannot be flattened"):
+        script.make_envs(script.Args(env_id=f"{script.__name__}/Sequence-v0", num_envs=1))

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+
 from conftest import SCRIPTS, command_line, train
 
 WORKING = {
@@ -88,6 +89,8 @@ def error(tmp_path):
         ("discrete", "--env-id CartPoll-v1", ["unknown", "CartPoll-v1", "CartPole-v1"]),
         ("atari", "--env-id BrekoutNoFrameskip-v4", ["unknown", "BreakoutNoFrameskip-v4"]),
         ("discrete", "--env-id no_such_module:Env-v0", ["no_such_module"]),
+        ("discrete", "--env-id ALE/Pong-v5", ["unknown", "ppo_atari.py"]),
+        ("continuous", "--env-id PongNoFrameskip-v4", ["unknown", "ppo_atari.py"]),
         ("continuous", "--env-id CartPole-v1", ["CartPole-v1", "Discrete", "ppo_discrete.py"]),
         ("discrete", "--env-id Pendulum-v1", ["Pendulum-v1", "Box", "ppo_continuous.py"]),
         ("atari", "--env-id CartPole-v1", ["no Atari game", "ppo_discrete.py"]),
@@ -127,6 +130,9 @@ def test_track_without_wandb(error):
         ({"update_epochs": 0}, ["--update-epochs", "0"]),
         ({"checkpoint_every": 0}, ["--checkpoint-every", "0"]),
         ({"torch_threads": 0}, ["--torch-threads", "0"]),
+        ({"seed": -1}, ["--seed", "-1", "at least 0"]),
+        ({"learning_rate": -1.0}, ["--learning-rate", "-1.0"]),
+        ({"learning_rate": float("nan")}, ["--learning-rate", "nan"]),
         ({"num_envs": 3, "num_steps": 5}, ["batch of 15", "equal minibatches"]),
         ({"num_minibatches": 1024, "num_envs": 1, "num_steps": 512}, ["512", "1024"]),
         ({"total_timesteps": 0}, ["--total-timesteps 0"]),

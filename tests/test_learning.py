@@ -1,14 +1,14 @@
 """Each script learns. Bounds are far from what seeds 1 to 5 reached and from a random policy."""
 
-import conftest
 import gymnasium as gym
 import numpy as np
 import pytest
-from conftest import metrics
 
+import conftest
 import ppo_atari
 import ppo_continuous
 import ppo_discrete
+from conftest import metrics
 
 
 def last_returns(count=100):

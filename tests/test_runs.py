@@ -23,6 +23,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
+
 from conftest import ROOT, SCRIPTS, command_line, metrics, train
 from envs import Scripted
 
@@ -68,7 +69,7 @@ def finished(request, tmp_path_factory):
     script, folder = SCRIPTS[request.param], tmp_path_factory.mktemp("finished")
     flags = {"seed": 3, "learning_rate": 1e-3} | TINY[request.param]
     with contextlib.chdir(folder), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["script.py", "--seed", "3"])
+        patch.setattr(sys, "argv", ["script.py", "--seed", "3", "--exp-name", "two words"])
         agent = train(script, **flags)
         (run,) = run_folders()
     return SimpleNamespace(script=script, flags=flags, agent=agent, folder=folder, run=folder / run)
@@ -107,7 +108,7 @@ def test_config(finished):
     assert config["device"] == "cpu"
     script = Path(finished.script.__file__).read_bytes()
     assert config["script_sha256"] == hashlib.sha256(script).hexdigest()
-    assert config["command"] == "script.py --seed 3"
+    assert config["command"] == "script.py --seed 3 --exp-name 'two words'"
 
 
 def fields(finished):
@@ -595,6 +596,10 @@ def test_commands_written_for_cleanrl(script):
     assert args.target_kl == 0.01
     args = script.parse_args(["--env_id=A-v0", "--num_envs", "3", "--no_cuda", "--wandb_entity=me"])
     assert (args.env_id, args.num_envs, args.cuda, args.wandb_entity) == ("A-v0", 3, False, "me")
+
+
+def test_text_that_looks_like_a_boolean_stays_text(script):
+    assert script.parse_args(["--exp-name=true"]).exp_name == "true"
 
 
 @pytest.mark.parametrize("flag", ["--batch-size", "--minibatch-size", "--num-iterations"])
