@@ -336,7 +336,9 @@ class Awkward(Scripted):
 
 CUT_OFF = {"episodes": (((1.0, False, False), (2.0, False, True)),)}
 for kind, space in ONE_ACTION.items():
-    awkward = type("Awkward", (Awkward,), {"action_space": space})
+    dtype = {"ppo_discrete": np.float32, "ppo_continuous": np.float64}[kind]
+    spaces = {"action_space": space, "observation_space": Box(-1e9, 1e9, (2,), dtype)}
+    awkward = type("Awkward", (Awkward,), spaces)
     gym.register(f"{kind}/Awkward-v0", awkward, kwargs=CUT_OFF)
 
 

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import hashlib
 import importlib.metadata
+import importlib.util
 import itertools
 import json
 import math
@@ -125,6 +126,32 @@ def test_config_names_the_commit(finished):
     commit = json.loads((finished.run / "config.json").read_text())["git_commit"]
     head = git("HEAD")
     assert git(commit.removesuffix("-dirty")) == head if head else commit is None
+
+
+def test_commit_is_named_by_its_hash_whatever_the_tags_and_the_folder():
+    """In a repository with a tag and an apostrophe in its path; then after a change."""
+    folder = Path("author's copy")
+    folder.mkdir()
+    copy = folder / "ppo_copy.py"
+    copy.write_bytes(Path(SCRIPTS["discrete"].__file__).read_bytes())
+    identity = ["-c", "user.name=a", "-c", "user.email=a@b.c"]
+
+    def git(*command):
+        command = ["git", "-C", folder, *identity, *command]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    git("init", "-q")
+    git("add", ".")
+    git("commit", "-q", "-m", "script")
+    git("tag", "-a", "v1", "-m", "tag")
+    spec = importlib.util.spec_from_file_location("ppo_copy", copy.absolute())
+    script = importlib.util.module_from_spec(spec)
+    sys.modules["ppo_copy"] = script  # where dataclasses look for their module
+    spec.loader.exec_module(script)
+    commit = git("rev-parse", "HEAD")
+    assert script.origin(torch.device("cpu"))["git_commit"] == commit
+    copy.write_text("changed")
+    assert script.origin(torch.device("cpu"))["git_commit"] == f"{commit}-dirty"
 
 
 def test_id_with_a_slash():
