@@ -86,7 +86,7 @@ class Args:
     num_steps: int = 128  # T, steps per environment in a rollout
     gamma: float = 0.99  # discount factor
     gae_lambda: float = 0.95  # trades bias against variance of the advantages [C5]
-    bootstrap_truncation: bool = True  # V(last observation) where a time limit cut off
+    bootstrap_truncation: bool = True  # count on V(last observation) after a time limit
 
     update_epochs: int = 4  # passes over the batch per rollout
     num_minibatches: int = 4  # minibatches per pass [C6]

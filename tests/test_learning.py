@@ -57,7 +57,7 @@ def test_atari_learns_to_name_what_it_sees(monkeypatch):
 @pytest.mark.parametrize(
     ("script", "env_id", "steps", "bound"),
     [
-        ("discrete", "CartPole-v1", 150_000, 400),
+        ("discrete", "CartPole-v1", 500_000, 475),
         ("discrete", "Acrobot-v1", 250_000, -110),
         ("continuous", "InvertedPendulum-v5", 200_000, 200),
         ("continuous", "HalfCheetah-v5", 300_000, 500),
