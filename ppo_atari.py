@@ -185,7 +185,7 @@ class AtariPreprocessing(gym.Wrapper):
 
 
 def preprocess(env: gym.Env) -> gym.Env:
-    """The game as the network sees it, with its true score in `info`."""
+    """The game as the network sees it, with its true score and length in raw frames in `info`."""
     env = gym.wrappers.RecordEpisodeStatistics(env, stats_key="recorded")  # innermost: true scores
     return AtariPreprocessing(env)
 
