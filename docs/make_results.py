@@ -51,7 +51,7 @@ its time limit: there, bootstrapping the cut decides between learning and not le
 |---|---|---|---|---|---|---|"""
 
 
-SPEED = """`python benchmarks/speed.py --cleanrl PATH` on the same machine, nothing else running: our
+SPEED = """`python benchmarks/speed.py --cleanrl PATH`, same machine, nothing else running: our
 scripts and CleanRL's in turn, on the CPU, steps per second of whole runs without their start-up
 ([raw data](results/speed.csv)). CleanRL's are its unchanged scripts under Gymnasium 1.4, by
 [benchmarks/cleanrl_shim.py](../benchmarks/cleanrl_shim.py)."""
