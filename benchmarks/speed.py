@@ -2,8 +2,8 @@
 
     python benchmarks/speed.py --cleanrl PATH_OF_A_CLONE
 
-Writes docs/results/speed.csv and prints the medians. Both programs run on the CPU with their
-defaults, each one at one torch thread for the small networks and at torch's own choice for Atari.
+Writes docs/results/speed.csv and prints the medians. Both run on the CPU with their default
+settings; torch gets one thread for the small networks and as many as it chooses for Atari.
 """
 
 import csv
