@@ -45,7 +45,7 @@ episode. A score is the mean return of the last 100 training episodes of a run, 
 stochastic policy while it learns, as everywhere in the field. CleanRL's column is what it
 [publishes](https://github.com/vwxyzjn/cleanrl/tree/fe8d8a0/docs/benchmark) for its own scripts.
 Breakout is a first look at 3 % of the default 10M steps. In Pendulum-v1 every episode is cut off by
-its time limit: there, bootstrapping the cut decides between learning and not learning.
+its time limit: with bootstrapping the task is solved, without it the return stays far below.
 
 | environment | steps | seeds | score of each | mean | bar | CleanRL |
 |---|---|---|---|---|---|---|"""
