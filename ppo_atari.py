@@ -26,17 +26,11 @@ References
 
 # /// script
 # requires-python = ">=3.11"
-# dependencies = [
-#   "gymnasium[mujoco,atari,classic-control]==1.4.0",
-#   "numpy==2.4.6",
-#   "opencv-python-headless==5.0.0.93",
-#   "torch==2.13.0",
-#   "tqdm==4.70.1",
-#   "tyro==1.0.17",
-#   "wandb==0.31.0",
-# ]
+# dependencies = ["gymnasium[mujoco,atari,classic-control]==1.4.0", "numpy==2.4.6", "torch==2.13.0",
+#   "opencv-python-headless==5.0.0.93", "tqdm==4.70.1", "tyro==1.0.17", "wandb==0.31.0"]
 # ///
 
+import copy
 import dataclasses
 import difflib
 import hashlib
@@ -74,6 +68,8 @@ class Args:
     torch_deterministic: bool = True  # only deterministic cuDNN kernels
     cuda: bool = True  # use the GPU if there is one
     torch_threads: int = torch.get_num_threads()  # CPU threads of torch
+    precision: Literal["fp32", "bf16"] = "fp32"  # what the torso multiplies in
+    compile: bool = True  # compile the update, a few seconds once; needs a C++ compiler
     checkpoint_every: int = 100  # iterations between checkpoints
     track: bool = False  # log to Weights & Biases, too
     wandb_project_name: str = "ppo37"  # W&B project
@@ -100,17 +96,9 @@ class Args:
     max_grad_norm: float = 0.5  # global norm the gradient is clipped to [C11]
     target_kl: float | None = None  # end the update after an epoch with a larger KL [X3]
 
-    @property
-    def batch_size(self) -> int:
-        return self.num_envs * self.num_steps
-
-    @property
-    def minibatch_size(self) -> int:
-        return self.batch_size // self.num_minibatches
-
-    @property
-    def num_iterations(self) -> int:
-        return self.total_timesteps // self.batch_size
+    batch_size = property(lambda args: args.num_envs * args.num_steps)
+    minibatch_size = property(lambda args: args.batch_size // args.num_minibatches)
+    num_iterations = property(lambda args: args.total_timesteps // args.batch_size)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -120,17 +108,16 @@ class Args:
 class AtariPreprocessing(gym.Wrapper):
     """The seven Atari wrappers of [ppo2] common/atari_wrappers.py as one, in their order of effect.
 
-    Observation: uint8 [4, 84, 84], the last four frames, oldest first. Reward: -1, 0 or +1.
+    Observation: uint8 [84, 84, 4], the last four frames, oldest first. Reward: -1, 0 or +1.
     An episode is one life: `reset` goes on with the game until the game is over.
     """
 
     def __init__(self, env: gym.Env):
         super().__init__(env)
-        self.observation_space = gym.spaces.Box(0, 255, (4, 84, 84), np.uint8)
+        self.observation_space = gym.spaces.Box(0, 255, (84, 84, 4), np.uint8)
         self.needs_fire = env.unwrapped.get_action_meanings()[1:2] == ["FIRE"]
-        self.frames = np.zeros((4, 84, 84), np.uint8)
         self.screens = (None, None)  # the last two raw screens, uint8 [height, width, 3]
-        self.lives, self.game_over = 0, True
+        self.frames, self.lives, self.game_over = [], 0, True
 
     def reset(self, **kwargs):
         info = self.start_life(**kwargs)
@@ -138,14 +125,14 @@ class AtariPreprocessing(gym.Wrapper):
             *_, terminated, truncated, info = self.play(action)
             if terminated or truncated:
                 info = self.start_life(**kwargs)
-        self.frames = np.zeros_like(self.frames)  # [A7] it starts empty, as in VecFrameStack
-        self.frames[-1] = self.warp()
-        return self.frames, info
+        empty = np.zeros((84, 84), np.uint8)
+        self.frames = [empty, empty, empty, self.warp()]  # [A7] as VecFrameStack starts
+        return cv2.merge(self.frames), info
 
     def step(self, action):
         reward, terminated, truncated, info = self.play(action)
-        self.frames = np.concatenate([self.frames[1:], self.warp()[None]])  # [A7]
-        return self.frames, np.sign(reward), terminated, truncated, info  # [A6] clipped reward
+        self.frames = [*self.frames[1:], self.warp()]  # [A7]
+        return cv2.merge(self.frames), np.sign(reward), terminated, truncated, info  # [A6]
 
     def start_life(self, **kwargs):
         if not self.game_over:  # [A3] a lost life continues the same game, one no-op later
@@ -220,8 +207,9 @@ def layer_init(layer, gain=2**0.5):
 class Agent(nn.Module):
     """[A8] The convolutional network of [DQN], shared by the policy and the value function."""
 
-    def __init__(self, envs: gym.vector.VectorEnv):
+    def __init__(self, envs: gym.vector.VectorEnv, precision="fp32"):
         super().__init__()
+        self.bf16 = precision == "bf16"
         self.torso = nn.Sequential(
             layer_init(nn.Conv2d(4, 32, kernel_size=8, stride=4)),  # [32, 20, 20]
             nn.ReLU(),
@@ -235,27 +223,31 @@ class Agent(nn.Module):
         )
         self.actor = layer_init(nn.Linear(512, envs.single_action_space.n), gain=0.01)
         self.critic = layer_init(nn.Linear(512, 1), gain=1.0)
-        self.to(memory_format=torch.channels_last)  # the same numbers, faster convolutions
-
-    def policy(self, obs):
-        """obs uint8 [*, 4, 84, 84] -> distribution over actions [*]"""
-        return self(obs)[0]
+        self.to(memory_format=torch.channels_last)  # as the frames lie in memory
 
     def forward(self, obs):
-        """obs uint8 [*, 4, 84, 84] -> distribution over actions [*], values [*]"""
-        hidden = self.torso(obs / 255.0)  # [A9]
+        """obs uint8 [n, 84, 84, 4] -> distribution over actions [n], values [n]"""
+        with torch.autocast(obs.device.type, torch.bfloat16, enabled=self.bf16):
+            hidden = self.torso(obs.permute(0, 3, 1, 2) / 255.0).float()  # [A9]
         policy = Categorical(logits=self.actor(hidden), validate_args=False)
         return policy, self.critic(hidden).squeeze(-1)
+
+    def rollout_policy(self, rng):
+        """The policy as it is now, a function obs [N, 84, 84, 4] -> sampled actions [N]."""
+        frozen = copy.deepcopy(self)
+        frozen.torso.to(torch.bfloat16 if self.bf16 else torch.float32)  # cast once, not every time
+
+        def act(obs):
+            with torch.inference_mode():
+                policy, _ = frozen(torch.as_tensor(obs, device=self.critic.weight.device))
+            logits = policy.logits.cpu().numpy()
+            return np.argmax(logits + rng.gumbel(size=logits.shape), axis=-1)  # ~ softmax(logits)
+
+        return act
 
 
 # ------------------------------------------------------------------------------------------------
 # The algorithm
-
-
-def act(agent, obs):
-    """Sample a_t ~ pi(.|s_t). obs [N, ...] -> actions [N, ...]"""
-    with torch.inference_mode():
-        return agent.policy(obs).sample()
 
 
 def gae(rewards, values, next_values, dones, gamma, gae_lambda):
@@ -317,6 +309,14 @@ def ppo_loss(agent, minibatch, clip_coef, ent_coef, vf_coef, norm_adv, clip_vlos
     return loss, {name: value.detach() for name, value in stats.items()}
 
 
+def ppo_gradient(agent, batch, indices, max_grad_norm, *coefficients):
+    """Leave the clipped gradient of ppo_loss for the minibatch batch[indices] in the parameters."""
+    loss, stats = ppo_loss(agent, [x[indices] for x in batch], *coefficients)
+    loss.backward()
+    norm = nn.utils.clip_grad_norm_(agent.parameters(), max_grad_norm)  # [C11]
+    return stats | {"grad_norm": norm}
+
+
 # ------------------------------------------------------------------------------------------------
 # Training
 
@@ -325,19 +325,20 @@ def train(args: Args) -> Agent:
     """Learn `args.env_id`, leave a folder under runs/ behind, return the trained agent."""
     # setup
     torch.manual_seed(args.seed)
+    rng = np.random.default_rng(args.seed)
     torch.backends.cudnn.deterministic = args.torch_deterministic
-    torch.set_num_threads(args.torch_threads)
     device = torch.device("cuda" if torch.cuda.is_available() and args.cuda else "cpu")
     envs = make_envs(args)
-    agent = Agent(envs).to(device)
+    agent = Agent(envs, args.precision).to(device)
     lr = torch.tensor(args.learning_rate, device=device)
     clip_coef, ent_coef = torch.tensor([args.clip_coef, args.ent_coef], device=device)
     coefficients = (clip_coef, ent_coef, args.vf_coef, args.norm_adv, args.clip_vloss)
+    gradient = compiled(ppo_gradient) if args.compile else ppo_gradient
     optimizer = torch.optim.Adam(agent.parameters(), lr=lr, eps=1e-5, fused=True)  # [C3]
     saved = {"agent": agent, "optimizer": optimizer}  # what a checkpoint holds
 
     # rollout storage
-    T, N = args.num_steps, args.num_envs
+    T, N, M = args.num_steps, args.num_envs, args.minibatch_size
     obs_space, action_space = envs.single_observation_space, envs.single_action_space
     obs = np.zeros((T + 1, N, *obs_space.shape), obs_space.dtype)
     actions = np.zeros((T, N, *action_space.shape), action_space.dtype)
@@ -354,9 +355,11 @@ def train(args: Args) -> Agent:
         # rollout: T steps in each of the N environments
         obs[0] = obs[T]  # [C1] episodes go on from one rollout to the next
         final_values[:] = 0.0
+        torch.set_num_threads(1)  # the other cores belong to the environments
+        act = agent.rollout_policy(rng)
         for t in range(T):
             run.check_finite(global_step, observations=obs[t])
-            actions[t] = act(agent, torch.as_tensor(obs[t], device=device)).cpu().numpy()
+            actions[t] = act(obs[t])
             obs[t + 1], rewards[t], terminated, truncated, info = envs.step(actions[t])
             dones[t] = terminated | truncated
             global_step += N
@@ -368,15 +371,15 @@ def train(args: Args) -> Agent:
                     final_values[t, cut_off] = agent(final_obs)[1].cpu().numpy()
 
         # log-probabilities and values under the policy that acted, which is still the current one
-        batch_obs = torch.as_tensor(obs[:T], device=device).flatten(0, 1)
+        torch.set_num_threads(args.torch_threads)
+        batch_obs = torch.as_tensor(obs, device=device).flatten(0, 1)  # B, and N more for V(s_T)
         batch_actions = torch.as_tensor(actions, device=device).flatten(0, 1)
         with torch.no_grad():
-            outputs = [agent(chunk) for chunk in batch_obs.split(args.minibatch_size)]
-            pairs = zip(outputs, batch_actions.split(args.minibatch_size), strict=True)
+            outputs = [agent(chunk) for chunk in batch_obs.split(M)]
+            pairs = zip(outputs, batch_actions.split(M), strict=False)
             batch_logprobs = torch.cat([policy.log_prob(chunk) for (policy, _), chunk in pairs])
             batch_values = torch.cat([values for _, values in outputs])
-            _, last_values = agent(torch.as_tensor(obs[T], device=device))
-        values = torch.cat([batch_values, last_values]).view(T + 1, N).cpu().numpy()
+        values = batch_values.view(T + 1, N).cpu().numpy()
 
         # advantages and value targets
         run.check_finite(global_step, rewards=rewards, values=values, final_values=final_values)
@@ -391,15 +394,12 @@ def train(args: Args) -> Agent:
         stats = []
         for _ in range(args.update_epochs):
             shuffled = torch.randperm(args.batch_size, device=device)
-            for indices in shuffled.split(args.minibatch_size):  # [C6]
-                loss, stat = ppo_loss(agent, [x[indices] for x in batch], *coefficients)
+            for indices in shuffled.split(M):  # [C6]
                 optimizer.zero_grad()
-                loss.backward()
-                norm = nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm)  # [C11]
+                stats.append(gradient(agent, batch, indices, args.max_grad_norm, *coefficients))
                 optimizer.step()
-                stats.append(stat | {"grad_norm": norm})
-            epoch_kl = torch.stack([s["approx_kl"] for s in stats[-args.num_minibatches :]]).mean()
-            if args.target_kl is not None and epoch_kl > args.target_kl:  # [X3]
+            kls = [s["approx_kl"] for s in stats[-args.num_minibatches :]]  # of this epoch
+            if args.target_kl is not None and sum(kls) / len(kls) > args.target_kl:  # [X3]
                 break
 
         # log
@@ -473,6 +473,23 @@ def check_args(args: Args):
         fail(f"{args.env_id}: {str(error).rstrip('.')}; {hint}")
     except (gym.error.Error, ImportError) as error:
         fail(f"{args.env_id}: {error}")
+
+
+def compiled(function):
+    """`function` made faster by torch.compile, or as it is where there is no compiler."""
+    torch._dynamo.config.trace_autograd_ops = True  # compile what backward() does, too
+    fast = torch.compile(function, fullgraph=True)
+
+    def call(*args):
+        nonlocal fast
+        try:
+            return fast(*args)
+        except torch._dynamo.exc.TorchDynamoException as error:
+            print("not compiled, slower:", str(error).splitlines()[0], file=sys.stderr)
+            fast = function
+            return function(*args)
+
+    return call
 
 
 class Run:

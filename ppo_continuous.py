@@ -25,14 +25,8 @@ References
 
 # /// script
 # requires-python = ">=3.11"
-# dependencies = [
-#   "gymnasium[mujoco,atari,classic-control]==1.4.0",
-#   "numpy==2.4.6",
-#   "torch==2.13.0",
-#   "tqdm==4.70.1",
-#   "tyro==1.0.17",
-#   "wandb==0.31.0",
-# ]
+# dependencies = ["gymnasium[mujoco,atari,classic-control]==1.4.0", "numpy==2.4.6", "torch==2.13.0",
+#   "tqdm==4.70.1", "tyro==1.0.17", "wandb==0.31.0"]
 # ///
 
 import dataclasses
@@ -70,6 +64,7 @@ class Args:
     torch_deterministic: bool = True  # only deterministic cuDNN kernels
     cuda: bool = True  # use the GPU if there is one
     torch_threads: int = 1  # CPU threads of torch; networks this small are slower with more
+    compile: bool = True  # compile the update, a few seconds once; needs a C++ compiler
     checkpoint_every: int = 100  # iterations between checkpoints
     track: bool = False  # log to Weights & Biases, too
     wandb_project_name: str = "ppo37"  # W&B project
@@ -96,17 +91,9 @@ class Args:
     max_grad_norm: float = 0.5  # global norm the gradient is clipped to [C11]
     target_kl: float | None = None  # end the update after an epoch with a larger KL [X3]
 
-    @property
-    def batch_size(self) -> int:
-        return self.num_envs * self.num_steps
-
-    @property
-    def minibatch_size(self) -> int:
-        return self.batch_size // self.num_minibatches
-
-    @property
-    def num_iterations(self) -> int:
-        return self.total_timesteps // self.batch_size
+    batch_size = property(lambda args: args.num_envs * args.num_steps)
+    minibatch_size = property(lambda args: args.batch_size // args.num_minibatches)
+    num_iterations = property(lambda args: args.total_timesteps // args.batch_size)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -114,17 +101,18 @@ class Args:
 
 
 class RunningMeanStd:
-    """float64 statistics [*shape] of all samples so far, by the algorithm of Chan et al. 1979."""
+    """float64 mean and variance [*shape] of all samples so far, by the method of Welford 1962."""
 
     def __init__(self, shape=()):
         self.mean, self.var, self.count = np.zeros(shape), np.ones(shape), 1e-4
 
     def update(self, x):
         """x [n, *shape], n new samples"""
-        delta, count = x.mean(0) - self.mean, self.count + len(x)
-        m2 = self.var * self.count + x.var(0) * len(x) + delta**2 * self.count * len(x) / count
-        m2 = np.where(np.isfinite(m2), m2, np.nan)  # an overflow is no large variance
-        self.mean, self.var, self.count = self.mean + delta * len(x) / count, m2 / count, count
+        old_count, self.count = self.count, self.count + len(x)
+        delta = x - self.mean
+        self.mean = self.mean + delta.sum(0) / self.count
+        m2 = self.var * old_count + (delta * (x - self.mean)).sum(0)
+        self.var = (m2 + 0 * m2) / self.count  # inf + 0 inf = nan: an overflow is no variance
 
     def state_dict(self) -> dict:
         """float64 tensors"""
@@ -139,11 +127,10 @@ class VecNormalize(gym.vector.VectorWrapper):
 
     def __init__(self, env: gym.vector.VectorEnv, gamma: float):
         super().__init__(env)
-        self.box = env.single_action_space
+        self.gamma, self.box = gamma, env.single_action_space
         shape = env.single_observation_space.shape
         self.single_observation_space = gym.spaces.Box(-10, 10, shape, np.float32)
         self.single_action_space = gym.spaces.Box(-np.inf, np.inf, (self.box.low.size,))
-        self.gamma = gamma
         self.obs_rms, self.return_rms = RunningMeanStd(shape), RunningMeanStd()
         self.returns = np.zeros(env.num_envs)
 
@@ -158,9 +145,8 @@ class VecNormalize(gym.vector.VectorWrapper):
         action = action.clip(self.box.low, self.box.high).astype(self.box.dtype)  # [R5]
         obs, reward, terminated, truncated, info = self.env.step(action)
         self.obs_rms.update(obs)  # [R6] counted before it is normalized
-        if "final_obs" in info:  # normalized like any other, but never counted
-            for i in np.flatnonzero(info["_final_obs"]):
-                info["final_obs"][i] = self.normalize(info["final_obs"][i])
+        for i in np.flatnonzero(info.get("_final_obs", ())):  # normalized, but never counted
+            info["final_obs"][i] = self.normalize(info["final_obs"][i])
 
         self.returns = self.returns * self.gamma + reward  # [R8] with the gamma of the agent
         self.return_rms.update(self.returns)
@@ -239,24 +225,29 @@ class Agent(nn.Module):
         self.critic = mlp(obs_dim, 1, gain=1.0)
         self.log_std = nn.Parameter(torch.zeros(action_dim))  # [R2] the same in every state
 
-    def policy(self, obs):
-        """obs float32 [*, obs_dim] -> distribution over actions [*, action_dim]"""
-        normal = Normal(self.actor(obs), self.log_std.exp(), validate_args=False)  # [R1]
-        return Independent(normal, 1, validate_args=False)  # [R3] sums over action components
-
     def forward(self, obs):
         """obs float32 [*, obs_dim] -> distribution over actions [*, action_dim], values [*]"""
-        return self.policy(obs), self.critic(obs).squeeze(-1)
+        normal = Normal(self.actor(obs), self.log_std.exp(), validate_args=False)  # [R1]
+        policy = Independent(normal, 1, validate_args=False)  # [R3] sums over action components
+        return policy, self.critic(obs).squeeze(-1)
+
+    def rollout_policy(self, rng):
+        """The policy as it is now, a function obs [N, obs_dim] -> sampled actions [N, action_dim].
+
+        In numpy, on the CPU: a call of torch takes longer than such a small network itself.
+        """
+        w1, b1, w2, b2, w3, b3 = [x.detach().cpu().numpy().T for x in self.actor.parameters()]
+        std = self.log_std.detach().exp().cpu().numpy()
+
+        def act(obs):
+            mean = np.tanh(np.tanh(obs @ w1 + b1) @ w2 + b2) @ w3 + b3
+            return mean + std * rng.standard_normal(mean.shape)
+
+        return act
 
 
 # ------------------------------------------------------------------------------------------------
 # The algorithm
-
-
-def act(agent, obs):
-    """Sample a_t ~ pi(.|s_t). obs [N, ...] -> actions [N, ...]"""
-    with torch.inference_mode():
-        return agent.policy(obs).sample()
 
 
 def gae(rewards, values, next_values, dones, gamma, gae_lambda):
@@ -318,6 +309,14 @@ def ppo_loss(agent, minibatch, clip_coef, ent_coef, vf_coef, norm_adv, clip_vlos
     return loss, {name: value.detach() for name, value in stats.items()}
 
 
+def ppo_gradient(agent, batch, indices, max_grad_norm, *coefficients):
+    """Leave the clipped gradient of ppo_loss for the minibatch batch[indices] in the parameters."""
+    loss, stats = ppo_loss(agent, [x[indices] for x in batch], *coefficients)
+    loss.backward()
+    norm = nn.utils.clip_grad_norm_(agent.parameters(), max_grad_norm)  # [C11]
+    return stats | {"grad_norm": norm}
+
+
 # ------------------------------------------------------------------------------------------------
 # Training
 
@@ -326,19 +325,20 @@ def train(args: Args) -> Agent:
     """Learn `args.env_id`, leave a folder under runs/ behind, return the trained agent."""
     # setup
     torch.manual_seed(args.seed)
+    rng = np.random.default_rng(args.seed)
     torch.backends.cudnn.deterministic = args.torch_deterministic
-    torch.set_num_threads(args.torch_threads)
     device = torch.device("cuda" if torch.cuda.is_available() and args.cuda else "cpu")
     envs = make_envs(args)
     agent = Agent(envs).to(device)
     lr = torch.tensor(args.learning_rate, device=device)
     clip_coef, ent_coef = torch.tensor([args.clip_coef, args.ent_coef], device=device)
     coefficients = (clip_coef, ent_coef, args.vf_coef, args.norm_adv, args.clip_vloss)
+    gradient = compiled(ppo_gradient) if args.compile else ppo_gradient
     optimizer = torch.optim.Adam(agent.parameters(), lr=lr, eps=1e-5, fused=True)  # [C3]
     saved = {"agent": agent, "optimizer": optimizer, "normalizer": envs}  # what a checkpoint holds
 
     # rollout storage
-    T, N = args.num_steps, args.num_envs
+    T, N, M = args.num_steps, args.num_envs, args.minibatch_size
     obs_space, action_space = envs.single_observation_space, envs.single_action_space
     obs = np.zeros((T + 1, N, *obs_space.shape), obs_space.dtype)
     actions = np.zeros((T, N, *action_space.shape), action_space.dtype)
@@ -355,9 +355,11 @@ def train(args: Args) -> Agent:
         # rollout: T steps in each of the N environments
         obs[0] = obs[T]  # [C1] episodes go on from one rollout to the next
         final_values[:] = 0.0
+        torch.set_num_threads(1)  # the other cores belong to the environments
+        act = agent.rollout_policy(rng)
         for t in range(T):
             run.check_finite(global_step, observations=obs[t])
-            actions[t] = act(agent, torch.as_tensor(obs[t], device=device)).cpu().numpy()
+            actions[t] = act(obs[t])
             obs[t + 1], rewards[t], terminated, truncated, info = envs.step(actions[t])
             dones[t] = terminated | truncated
             global_step += N
@@ -369,15 +371,15 @@ def train(args: Args) -> Agent:
                     final_values[t, cut_off] = agent(final_obs)[1].cpu().numpy()
 
         # log-probabilities and values under the policy that acted, which is still the current one
-        batch_obs = torch.as_tensor(obs[:T], device=device).flatten(0, 1)
+        torch.set_num_threads(args.torch_threads)
+        batch_obs = torch.as_tensor(obs, device=device).flatten(0, 1)  # B, and N more for V(s_T)
         batch_actions = torch.as_tensor(actions, device=device).flatten(0, 1)
         with torch.no_grad():
-            outputs = [agent(chunk) for chunk in batch_obs.split(args.minibatch_size)]
-            pairs = zip(outputs, batch_actions.split(args.minibatch_size), strict=True)
+            outputs = [agent(chunk) for chunk in batch_obs.split(M)]
+            pairs = zip(outputs, batch_actions.split(M), strict=False)
             batch_logprobs = torch.cat([policy.log_prob(chunk) for (policy, _), chunk in pairs])
             batch_values = torch.cat([values for _, values in outputs])
-            _, last_values = agent(torch.as_tensor(obs[T], device=device))
-        values = torch.cat([batch_values, last_values]).view(T + 1, N).cpu().numpy()
+        values = batch_values.view(T + 1, N).cpu().numpy()
 
         # advantages and value targets
         run.check_finite(global_step, rewards=rewards, values=values, final_values=final_values)
@@ -392,15 +394,12 @@ def train(args: Args) -> Agent:
         stats = []
         for _ in range(args.update_epochs):
             shuffled = torch.randperm(args.batch_size, device=device)
-            for indices in shuffled.split(args.minibatch_size):  # [C6]
-                loss, stat = ppo_loss(agent, [x[indices] for x in batch], *coefficients)
+            for indices in shuffled.split(M):  # [C6]
                 optimizer.zero_grad()
-                loss.backward()
-                norm = nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm)  # [C11]
+                stats.append(gradient(agent, batch, indices, args.max_grad_norm, *coefficients))
                 optimizer.step()
-                stats.append(stat | {"grad_norm": norm})
-            epoch_kl = torch.stack([s["approx_kl"] for s in stats[-args.num_minibatches :]]).mean()
-            if args.target_kl is not None and epoch_kl > args.target_kl:  # [X3]
+            kls = [s["approx_kl"] for s in stats[-args.num_minibatches :]]  # of this epoch
+            if args.target_kl is not None and sum(kls) / len(kls) > args.target_kl:  # [X3]
                 break
 
         # log
@@ -474,6 +473,23 @@ def check_args(args: Args):
         fail(f"{args.env_id}: {str(error).rstrip('.')}; {hint}")
     except (gym.error.Error, ImportError) as error:
         fail(f"{args.env_id}: {error}")
+
+
+def compiled(function):
+    """`function` made faster by torch.compile, or as it is where there is no compiler."""
+    torch._dynamo.config.trace_autograd_ops = True  # compile what backward() does, too
+    fast = torch.compile(function, fullgraph=True)
+
+    def call(*args):
+        nonlocal fast
+        try:
+            return fast(*args)
+        except torch._dynamo.exc.TorchDynamoException as error:
+            print("not compiled, slower:", str(error).splitlines()[0], file=sys.stderr)
+            fast = function
+            return function(*args)
+
+    return call
 
 
 class Run:
