@@ -477,7 +477,8 @@ def check_args(args: Args):
 
 def compiled(function):
     """`function` made faster by torch.compile, or as it is where there is no compiler."""
-    torch._dynamo.config.trace_autograd_ops = True  # compile what backward() does, too
+    if hasattr(torch._dynamo.config, "trace_autograd_ops"):  # new in torch 2.13
+        torch._dynamo.config.trace_autograd_ops = True  # compile what backward() does, too
     fast = torch.compile(function, fullgraph=True)
 
     def call(*args):

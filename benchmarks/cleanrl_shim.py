@@ -1,13 +1,16 @@
-"""Runs an unchanged CleanRL script, written for Gymnasium 0.29, under Gymnasium 1.x.
+"""Runs an unchanged CleanRL or LeanRL script, written for Gymnasium 0.29, under Gymnasium 1.x.
 
     python benchmarks/cleanrl_shim.py CLONE/cleanrl/ppo.py --env-id CartPole-v1 --no-cuda
 
 Gives Gymnasium the names, signatures and same-step autoreset that the script expects, and takes its
-scalars as runs/{run name}/metrics.csv (name,global_step,value) in place of TensorBoard's files.
+scalars as runs/{run name}/metrics.csv in the columns of ours, global_step,time,name,value, in place
+of TensorBoard's files. Of LeanRL, which logs every tenth iteration to Weights & Biases, it takes
+the steps and the time at the end of each iteration, where its progress bar goes on.
 """
 
 import runpy
 import sys
+import time
 import types
 from collections import deque
 from pathlib import Path
@@ -16,23 +19,52 @@ import ale_py
 import cv2
 import gymnasium as gym
 import numpy as np
+import torch  # noqa: F401  it uses the true tqdm
+import tqdm
 
 
 class SummaryWriter:
-    """Stands in for torch.utils.tensorboard's."""
+    """Stands in for torch.utils.tensorboard's; `time` is in seconds since its construction."""
 
     def __init__(self, folder):
         Path(folder).mkdir(parents=True)
         self.file = open(Path(folder) / "metrics.csv", "w")
+        self.file.write("global_step,time,name,value\n")
+        self.start_time = time.time()
 
     def add_scalar(self, name, value, step):
-        self.file.write(f"{name},{step},{float(value)!r}\n")
+        seconds = time.time() - self.start_time
+        self.file.write(f"{step},{seconds:.3f},{name},{float(value)!r}\n")
 
     def add_text(self, name, text):
         """The hyperparameters; not needed."""
 
     def close(self):
         self.file.close()
+
+
+class Progress:
+    """Stands in for tqdm.tqdm around the iterations 1, 2, ... of LeanRL; `init` for wandb.init."""
+
+    batch_size = None
+
+    def __init__(self, iterations):
+        self.iterations = iterations
+
+    def __iter__(self):
+        writer = SummaryWriter("runs/leanrl")
+        for iteration in self.iterations:
+            yield iteration
+            step = iteration * self.batch_size
+            writer.add_scalar("charts/SPS", step / (time.time() - writer.start_time), step)
+        writer.close()
+
+    def set_description(self, text):
+        """What the bar shows; not needed."""
+
+    @classmethod
+    def init(cls, config, **_):
+        cls.batch_size = config["batch_size"]
 
 
 def info_of(infos, i):
@@ -110,6 +142,9 @@ if __name__ == "__main__":
     tensorboard = types.ModuleType("torch.utils.tensorboard")
     tensorboard.SummaryWriter = SummaryWriter
     sys.modules["torch.utils.tensorboard"] = tensorboard
+    sys.modules["wandb"] = wandb = types.ModuleType("wandb")
+    wandb.init, wandb.log = Progress.init, lambda metrics, step: None
+    tqdm.tqdm = Progress
     gym.vector.SyncVectorEnv = SyncVectorEnv
     for wrapper in (TransformObservation, ClipAction, GrayScaleObservation, FrameStack):
         setattr(gym.wrappers, wrapper.__name__, wrapper)

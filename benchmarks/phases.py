@@ -1,19 +1,23 @@
 """Where the time of an iteration goes, beside what it would take at the least.
 
-    python benchmarks/phases.py ppo_atari.py --no-cuda --total-timesteps 20480
+    python benchmarks/phases.py                                       # all scripts
+    python benchmarks/phases.py ppo_atari.py --no-cuda --precision bf16 --total-timesteps 20480
 
 Runs a script with a clock at the comments of its training loop and around acting and `envs.step`.
 Prints the median milliseconds of an iteration spent in each phase, and two floors: the steps of the
 environments alone, with random actions, and the multiplications of the networks at the rate of one
-large matrix product.
+large matrix product. Without arguments, it writes docs/results/phases.csv, too.
 """
 
 import collections
+import csv
+import multiprocessing
 import statistics
 import sys
 import tempfile
 import time
 import types
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import chdir
 from pathlib import Path
 
@@ -28,6 +32,15 @@ PHASES = {  # the comments of `train`, and the phase that begins there
     "# update: ": "update",
     "# log": "log",
 }
+
+
+TASKS = [  # what is measured without arguments
+    ("ppo_discrete.py", "--no-cuda", "--total-timesteps", "100000"),
+    ("ppo_continuous.py", "--no-cuda", "--total-timesteps", "81920"),
+    ("ppo_atari.py", "--no-cuda", "--precision", "fp32", "--total-timesteps", "20480"),
+    ("ppo_atari.py", "--no-cuda", "--precision", "bf16", "--total-timesteps", "20480"),
+]
+FIELDS = ("script", "precision", "torch_threads", "phase", "milliseconds", "floor_milliseconds")
 
 
 class Clock:
@@ -74,8 +87,8 @@ def load(path: Path, clock: Clock) -> types.ModuleType:
 
 
 def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """Floating-point operations a second in a product of two 4096 x 4096 matrices."""
-    size = 4096 if device.type == "cuda" else 2048
+    """Floating-point operations a second in a product of two 2048 x 2048 matrices."""
+    size = 2048
     a = torch.ones(size, size, device=device, dtype=dtype)
     seconds = []
     for _ in range(8):
@@ -85,8 +98,9 @@ def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
     return 2 * size**3 / min(seconds)
 
 
-def main(path: Path, argv: list[str]):
-    clock = Clock()
+def measure(name: str, *argv: str) -> list[tuple]:
+    """Rows of FIELDS for one script, printed as a table, too."""
+    path, clock = ROOT / name, Clock()
     module = load(path, clock)
     args = module.parse_args(argv)
     make_envs, rollout_policy = module.make_envs, module.Agent.rollout_policy
@@ -96,15 +110,15 @@ def main(path: Path, argv: list[str]):
         envs.step = clock.inside("environments", envs.step)
         return envs
 
-    module.make_envs = make_timed_envs
-    module.Agent.rollout_policy = lambda self, rng: clock.inside(
-        "acting", rollout_policy(self, rng)
-    )
+    def make_timed_policy(agent, rng):
+        return clock.inside("acting", rollout_policy(agent, rng))
+
+    module.make_envs, module.Agent.rollout_policy = make_timed_envs, make_timed_policy
     with tempfile.TemporaryDirectory() as folder, chdir(folder):
         agent = module.train(args)
-    rows = clock.iterations[3:-1]  # without compilation and the checkpoint
-    names = ("environments", "acting", "rollout", "evaluation", "advantages", "update", "log")
-    medians = {name: 1e3 * statistics.median(row[name] for row in rows) for name in names}
+    iterations = clock.iterations[3:-1]  # without compilation and the checkpoint
+    phases = ("environments", "acting", "rollout", "evaluation", "advantages", "update", "log")
+    medians = {name: 1e3 * statistics.median(x[name] for x in iterations) for name in phases}
 
     envs = make_envs(args)
     envs.reset(seed=list(range(args.num_envs)))
@@ -117,26 +131,40 @@ def main(path: Path, argv: list[str]):
     observation = torch.as_tensor(envs.reset(seed=1)[0][:1])
     envs.close()
     device = next(agent.parameters()).device
-    bf16 = getattr(args, "precision", "fp32") == "bf16"
-    rate = matrix_rate(device, torch.bfloat16 if bf16 else torch.float32)
+    precision = getattr(args, "precision", "fp32")
+    torch.set_num_threads(args.torch_threads)
+    rate = matrix_rate(device, {"fp32": torch.float32, "bf16": torch.bfloat16}[precision])
     with FlopCounterMode(display=False) as forward:
         agent(observation.to(device))
-    per_flop = 1e3 * args.batch_size * forward.get_total_flops() / rate
-    floor |= {
-        "acting": per_flop,
-        "evaluation": per_flop,
-        "update": 3 * args.update_epochs * per_flop,
-    }
+    pass_ms = 1e3 * args.batch_size * forward.get_total_flops() / rate
+    passes = {"acting": 1, "evaluation": 1, "update": 3 * args.update_epochs}
+    floor |= {name: count * pass_ms for name, count in passes.items()}
 
-    print(f"{path.name}, {len(rows)} iterations of {args.batch_size} steps, {device}")
-    print(f"{'phase':14}{'ms':>10}{'share':>8}{'floor ms':>10}")
+    print(f"{name} {precision}, {len(iterations)} iterations of {args.batch_size} steps, {device}")
     total = sum(medians.values())
-    for name, value in medians.items():
-        least = f"{floor[name]:10.1f}" if name in floor else ""
-        print(f"{name:14}{value:10.1f}{value / total:8.0%}{least}")
-    print(f"{'sum':14}{total:10.1f}   {args.batch_size / total * 1e3:,.0f} steps/s")
-    print(f"matrix product: {rate / 1e9:,.0f} GFLOP/s; network: {forward.get_total_flops():,} FLOP")
+    for phase, value in medians.items():
+        print(
+            f"{phase:14}{value:10.1f} ms{value / total:6.0%}   floor {floor.get(phase, 0):.1f} ms"
+        )
+    print(f"{'sum':14}{total:10.1f} ms   {args.batch_size / total * 1e3:,.0f} steps/s")
+    print(f"matrix product {rate / 1e9:,.0f} GFLOP/s, forward pass {forward.get_total_flops():,}")
+    row = (name, precision, args.torch_threads)
+    return [
+        (*row, k, f"{v:.2f}", f"{floor[k]:.2f}" if k in floor else "") for k, v in medians.items()
+    ]
+
+
+def main(argv: list[str]):
+    if argv:
+        measure(*argv)
+        return
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=context, max_tasks_per_child=1) as pool:
+        tasks = [pool.submit(measure, *task) for task in TASKS]
+        rows = [row for task in tasks for row in task.result()]
+    with open(ROOT / "docs" / "results" / "phases.csv", "w") as file:
+        csv.writer(file, lineterminator="\n").writerows([FIELDS, *rows])
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]).resolve(), sys.argv[2:])
+    main(sys.argv[1:])

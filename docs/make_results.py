@@ -51,12 +51,6 @@ its time limit: with bootstrapping the task is solved, without it the return sta
 |---|---|---|---|---|---|---|"""
 
 
-SPEED = """`python benchmarks/speed.py --cleanrl PATH`, same machine, nothing else running: our
-scripts and CleanRL's in turn, on the CPU, steps per second of whole runs without their start-up
-([raw data](results/speed.csv)). CleanRL's are its unchanged scripts under Gymnasium 1.4, by
-[benchmarks/cleanrl_shim.py](../benchmarks/cleanrl_shim.py)."""
-
-
 def thin(rows):
     """All episodes, and of every other metric 500 rows, evenly spaced with the first and last."""
     steps = {}
@@ -92,7 +86,7 @@ def keep(folder):
 def load():
     """Every kept run: (config, {metric: (steps, values)}), by environment and seed."""
     runs = []
-    for path in RESULTS.glob("*.json"):
+    for path in RESULTS.glob("*__*.json"):
         with gzip.open(path.with_suffix(".csv.gz"), "rt") as file:
             metrics = {}
             for row in csv.DictReader(file):
@@ -150,34 +144,8 @@ def page(runs):
     lines += ["", f"Machine: {'; '.join(machines)}, shared, with up to two other runs beside each:"]
     lines += ["these steps/s are no benchmark."]
     lines += ["", *(f"Versions: `{version}`" for version in versions)]
-    lines += ["", "## Speed", "", SPEED, "", *speed_table()]
+    lines += ["", "Speed and memory are in [performance.md](performance.md)."]
     return "\n".join(lines) + "\n"
-
-
-def speed_table():
-    """Medians of the pairs in docs/results/speed.csv."""
-    with open(RESULTS / "speed.csv") as file:
-        rows = list(csv.DictReader(file))
-    lines = [
-        "| script | task | torch threads | pairs | steps/s | CleanRL's | ratio, and of each pair |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for script in dict.fromkeys(row["script"] for row in rows):
-        ours, theirs = (
-            [float(r["steps_per_second"]) for r in rows if (r["script"], r["program"]) == key]
-            for key in ((script, "ours"), (script, "CleanRL"))
-        )
-        row = next(row for row in rows if row["script"] == script)
-        ratios = " ".join(f"{a / b:.2f}" for a, b in zip(ours, theirs, strict=True))
-        medians = np.median(ours), np.median(theirs)
-        lines.append(
-            f"| {script} | {row['env_id']}, {int(row['steps']):,} steps | {row['threads']} "
-            f"| {len(ours)} | {medians[0]:,.0f} | {medians[1]:,.0f} "
-            f"| {medians[0] / medians[1]:.2f}: {ratios} |"
-        )
-    commits = {row["program"]: row["commit"][:12] for row in rows}
-    lines += ["", f"Commits: ours {commits['ours']}, CleanRL {commits['CleanRL']}."]
-    return lines
 
 
 def plot(runs, path):

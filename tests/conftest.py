@@ -1,6 +1,7 @@
 """What all tests share: the scripts as modules, and short runs of them in an empty folder."""
 
 import csv
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +17,8 @@ import ppo_discrete
 
 ROOT = Path(__file__).parent.parent
 SCRIPTS = {"discrete": ppo_discrete, "continuous": ppo_continuous, "atari": ppo_atari}
+
+os.environ["TORCHDYNAMO_DISABLE"] = "1"  # torch.compile does nothing, but in test_compile.py
 
 gym.register("Scripted-v0", "envs:Scripted")
 gym.register("ScriptedBox-v0", "envs:ScriptedBox")
@@ -40,7 +43,8 @@ def empty_folder(tmp_path, monkeypatch):
 def train(script, **changes):
     """`script.train` in this process with a small batch. Returns the agent."""
     small = {"num_steps": 16, "num_envs": 2, "num_minibatches": 2, "update_epochs": 2}
-    changes = {"cuda": False, "torch_threads": 1, "vectorization": "sync"} | small | changes
+    plain = {"cuda": False, "compile": False, "torch_threads": 1, "vectorization": "sync"}
+    changes = plain | small | changes
     batch = changes["num_steps"] * changes["num_envs"]
     return script.train(script.Args(**{"total_timesteps": 2 * batch} | changes))
 
@@ -87,3 +91,10 @@ def small_agent(script):
     envs = script.make_envs(script.Args(num_envs=1, vectorization="sync"))
     envs.close()
     return script.Agent(envs), envs
+
+
+def far_from_initial(agent):
+    """Weights under which every layer and bias matters and the policy is far from uniform."""
+    for parameter in agent.parameters():
+        fan_in = parameter[0].numel() if parameter.ndim > 1 else 4
+        torch.nn.init.normal_(parameter, std=2.0 / fan_in**0.5)

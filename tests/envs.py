@@ -60,12 +60,12 @@ class Guess(gym.Env):
 class GuessPicture(Guess):
     """The same from pixels: one bright quarter in the newest of four frames."""
 
-    observation_space = gym.spaces.Box(0, 255, (4, 84, 84), np.uint8)
+    observation_space = gym.spaces.Box(0, 255, (84, 84, 4), np.uint8)
 
     def observation(self):
-        frames = np.zeros((4, 84, 84), np.uint8)
+        frames = np.zeros((84, 84, 4), np.uint8)
         row, column = divmod(int(self.answer), 2)
-        frames[3, 42 * row : 42 * row + 42, 42 * column : 42 * column + 42] = 255
+        frames[42 * row : 42 * row + 42, 42 * column : 42 * column + 42, 3] = 255
         return frames
 
 

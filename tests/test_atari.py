@@ -12,6 +12,7 @@ from stable_baselines3.common.env_util import make_atari_env
 from stable_baselines3.common.vec_env import VecFrameStack
 from torch import nn
 
+import conftest
 import ppo_atari
 
 NOOP, FIRE, RIGHT = 0, 1, 2
@@ -86,13 +87,20 @@ def first_draw(seed):
 
 def shades(obs):
     """The four grey values of a stack of evenly filled frames."""
-    assert obs.shape == (4, 84, 84)
-    assert all((frame == frame[0, 0]).all() for frame in obs)
-    return obs[:, 0, 0].tolist()
+    assert obs.shape == (84, 84, 4)
+    assert (obs == obs[0, 0]).all()
+    return obs[0, 0].tolist()
 
 
-def agent(actions=4):
-    return ppo_atari.Agent(types.SimpleNamespace(single_action_space=gym.spaces.Discrete(actions)))
+def agent(*precision, actions=4):
+    envs = types.SimpleNamespace(single_action_space=gym.spaces.Discrete(actions))
+    return ppo_atari.Agent(envs, *precision)
+
+
+def pictures(count):
+    """Coarse random patterns uint8 [count, 84, 84, 4], as different from each other as games."""
+    coarse = torch.randint(0, 256, (count, 6, 6, 4), dtype=torch.uint8)
+    return coarse.repeat_interleave(14, 1).repeat_interleave(14, 2)
 
 
 def args(env_id, **changes):
@@ -378,9 +386,9 @@ def areas(raw, small):
 def warped(picture):
     env, _ = fake_game(*[Frame(picture)] * 4)
     obs = env.step(RIGHT)[0]
-    assert (obs.shape, obs.dtype) == ((4, 84, 84), np.uint8)
-    assert env.observation_space == gym.spaces.Box(0, 255, (4, 84, 84), np.uint8)
-    return obs[-1]
+    assert (obs.shape, obs.dtype) == ((84, 84, 4), np.uint8)
+    assert env.observation_space == gym.spaces.Box(0, 255, (84, 84, 4), np.uint8)
+    return obs[..., -1]
 
 
 def test_a5_grey_is_the_luminance():
@@ -478,7 +486,7 @@ def test_a8_layers_and_what_goes_into_them():
     layers = [m for m in model.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
     for layer in layers:
         layer.register_forward_pre_hook(lambda _, x: inputs.append(x[0]))
-    model(torch.randint(0, 256, (3, 4, 84, 84), dtype=torch.uint8))
+    model(pictures(3))
     shapes = [(4, 84, 84), (32, 20, 20), (64, 9, 9), (3136,), (512,), (512,)]
     assert [tuple(x.shape[1:]) for x in inputs] == shapes
     assert all((x >= 0).all() and (x > 0).any() for x in inputs)
@@ -501,8 +509,7 @@ def test_a8_weights_are_orthogonal_and_biases_zero():
 def test_a8_policy_and_value_function_share_all_convolutions(head):
     torch.manual_seed(0)
     model = agent()
-    obs = torch.randint(0, 256, (3, 4, 84, 84), dtype=torch.uint8)
-    policy, values = model(obs)
+    policy, values = model(pictures(3))
     assert (policy.logits.shape, values.shape) == ((3, 4), (3,))
     loss = policy.log_prob(torch.zeros(3)).sum() if head == "policy" else values.sum()
     loss.backward()
@@ -513,14 +520,70 @@ def test_a8_policy_and_value_function_share_all_convolutions(head):
     assert reached == torso | heads[head]
 
 
-@pytest.mark.parametrize("method", ["forward", "policy"])
+@pytest.mark.parametrize("method", ["forward", "rollout_policy"])
 def test_a9_network_sees_0_to_1(method):
     model, seen = agent(), []
     model.torso[0].register_forward_pre_hook(lambda _, x: seen.append(x[0]))
+    act = model if method == "forward" else model.rollout_policy(np.random.default_rng(0))
     for level in (255, 51, 0):
-        getattr(model, method)(torch.full((1, 4, 84, 84), level, dtype=torch.uint8))
+        act(torch.full((1, 84, 84, 4), level, dtype=torch.uint8))
     assert [x.dtype for x in seen] == [torch.float32] * 3
     assert [x.unique().tolist() for x in seen] == [[1.0], [pytest.approx(0.2)], [0.0]]
+
+
+def test_network_sees_a_frame_as_a_channel():
+    """Upright, the oldest first."""
+    model, obs, seen = agent(), pictures(3), []
+    model.torso[0].register_forward_pre_hook(lambda _, x: seen.append(x[0]))
+    model(obs)
+    expected = np.moveaxis(obs.numpy(), -1, 1).astype(np.float32) / 255
+    np.testing.assert_allclose(seen[0].numpy(), expected, rtol=1e-6)
+
+
+def twins():
+    """Two agents with the same weights, one of each precision."""
+    torch.manual_seed(0)
+    models = agent("fp32"), agent("bf16")
+    conftest.far_from_initial(models[0])
+    models[1].load_state_dict(models[0].state_dict())
+    return models
+
+
+def test_bf16_rounds_the_torso_and_nothing_else():
+    """Its outputs are near those of fp32; the heads and all parameters stay in float32."""
+    (fp32, bf16), obs, hidden = twins(), pictures(16), []
+    for model in (fp32, bf16):
+        model.actor.register_forward_pre_hook(lambda _, x: hidden.append(x[0]))
+        model.torso.register_forward_hook(lambda _, x, y: hidden.append(y))
+    (policy, values), (rounded, rounded_values) = fp32(obs), bf16(obs)
+    assert [x.dtype for x in hidden] == [torch.float32] * 2 + [torch.bfloat16, torch.float32]
+    for exact, near in ((policy.logits, rounded.logits), (values, rounded_values)):
+        assert near.dtype == torch.float32
+        assert 1e-4 < (near - exact).abs().max() / exact.abs().max() < 3e-2
+    rounded.entropy().sum().backward()
+    assert {x.dtype for p in bf16.parameters() if p.grad is not None for x in (p, p.grad)} == {
+        torch.float32
+    }
+
+
+@pytest.mark.parametrize("precision", [0, 1], ids=["fp32", "bf16"])
+def test_rollouts_are_drawn_from_the_logits_of_forward(precision, monkeypatch):
+    model, obs = twins()[precision], pictures(16)
+    expected = model(obs)[0].logits
+    calls = conftest.spy(monkeypatch, ppo_atari.Agent, "forward")
+    model.rollout_policy(np.random.default_rng(0))(obs.numpy())
+    (((_, seen), (policy, _)),) = calls
+    assert torch.equal(seen, obs)
+    assert (policy.logits - expected).abs().max() < (1e-5, 3e-2)[precision]
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+
+
+def test_training_in_bf16_keeps_the_weights_in_float32():
+    changes = {"num_steps": 4, "total_timesteps": 8, "update_epochs": 1}
+    agents = [conftest.train(ppo_atari, precision=x, **changes) for x in ("fp32", "bf16")]
+    exact, rounded = (torch.cat([p.flatten() for p in x.parameters()]) for x in agents)
+    assert rounded.dtype == torch.float32
+    assert 0 < (exact - rounded).abs().max() < 3e-3  # two steps of Adam
 
 
 # ------------------------------------------------------------------------------------------------
@@ -546,7 +609,7 @@ def test_next_episode_starts_in_the_step_that_ends_one():
     """SAME_STEP: the observation is the next life's, the last one of the old life is in info."""
     envs = ppo_atari.make_envs(args("BreakoutNoFrameskip-v4"))
     assert envs.metadata["autoreset_mode"] == gym.vector.AutoresetMode.SAME_STEP
-    assert (envs.single_observation_space.shape, envs.single_action_space.n) == ((4, 84, 84), 4)
+    assert (envs.single_observation_space.shape, envs.single_action_space.n) == ((84, 84, 4), 4)
     previous, ends = envs.reset(seed=[1, 2])[0].copy(), 0
     for _ in range(200):
         obs, _, terminated, truncated, info = envs.step([NOOP, NOOP])
@@ -554,9 +617,9 @@ def test_next_episode_starts_in_the_step_that_ends_one():
         assert ("final_obs" in info) == done.any()
         for i in range(2):
             stack = info["final_obs"][i] if done[i] else obs[i]
-            assert np.array_equal(stack[:3], previous[i, 1:])
-            assert stack[3].any()
-            assert not done[i] or (not obs[i, :3].any() and obs[i, 3].any())
+            assert np.array_equal(stack[..., :3], previous[i, ..., 1:])
+            assert stack[..., 3].any()
+            assert not done[i] or (not obs[i, ..., :3].any() and obs[i, ..., 3].any())
         previous, ends = obs.copy(), ends + done
     assert min(ends) >= 3
     envs.close()
@@ -595,13 +658,13 @@ def test_every_step_equals_stable_baselines3(game):
     theirs = VecFrameStack(make_atari_env(env_id, n_envs=2, seed=1), n_stack=4)
     rng = np.random.default_rng(0)
     obs = envs.reset(seed=[1, 2])[0]
-    assert np.array_equal(obs, np.moveaxis(theirs.reset(), -1, 1))
+    assert np.array_equal(obs, theirs.reset())
     scores, lives = [], 0
     for _ in range(2000):
         actions = rng.integers(envs.single_action_space.n, size=2)
         obs, rewards, terminated, truncated, info = envs.step(actions)
         their_obs, their_rewards, their_dones, their_infos = theirs.step(actions)
-        assert np.array_equal(obs, np.moveaxis(their_obs, -1, 1))
+        assert np.array_equal(obs, their_obs)
         assert np.array_equal(rewards, their_rewards)
         assert np.array_equal(terminated | truncated, their_dones)
         for i, their_info in enumerate(their_infos):
@@ -614,8 +677,7 @@ def test_every_step_equals_stable_baselines3(game):
                 assert score == {key: their_info["episode"][key] for key in ("r", "l")}
                 scores.append(score["r"])
             elif their_dones[i]:  # where a game ends, their last observation has older frames
-                their_final_obs = np.moveaxis(their_info["terminal_observation"], -1, 0)
-                assert np.array_equal(info["final_obs"][i], their_final_obs)
+                assert np.array_equal(info["final_obs"][i], their_info["terminal_observation"])
                 lives += 1
     assert len(scores) >= 2
     assert lives >= (0 if game == "Pong" else 5)

@@ -97,7 +97,7 @@ def set_log_std(agent, *values):
 
 def test_r1_density_and_entropy_of_the_normal_distribution():
     agent, obs = new_agent(4, 3), torch.randn(5, 4)
-    policy = agent.policy(obs)
+    policy, _ = agent(obs)
     assert torch.equal(policy.mean, agent.actor(obs))  # not squashed
     assert policy.log_prob(policy.mean).tolist() == pytest.approx([-2.756816] * 5, abs=1e-6)
     assert policy.entropy().tolist() == pytest.approx([4.256816] * 5, abs=1e-6)
@@ -118,28 +118,27 @@ def test_r1_density_and_entropy_with_other_deviations():
 def test_r2_deviation_is_a_trained_parameter_and_the_same_in_every_state():
     agent = new_agent(4, 3)
     assert agent.log_std.shape == (3,)
-    assert torch.equal(agent.policy(10 * torch.randn(2, 4)).stddev, torch.ones(2, 3))
+    assert torch.equal(agent(10 * torch.randn(2, 4))[0].stddev, torch.ones(2, 3))
     assert "log_std" in dict(agent.named_parameters())
-    agent.policy(torch.randn(2, 4)).log_prob(torch.randn(2, 3)).sum().backward()
+    agent(torch.randn(2, 4))[0].log_prob(torch.randn(2, 3)).sum().backward()
     assert (agent.log_std.grad != 0).all()
     trained = conftest.train(ppo_continuous, env_id="ScriptedBox-v0")
     assert (trained.log_std != 0).all()
 
 
 def test_r2_samples_have_the_deviation_of_the_parameter():
-    torch.manual_seed(0)
     agent = new_agent(4, 2)
     set_log_std(agent, LN2, 0.0)
-    obs = torch.ones(20_000, 4)
-    samples = ppo_continuous.act(agent, obs)
+    obs = np.ones((20_000, 4), np.float32)
+    samples = agent.rollout_policy(np.random.default_rng(0))(obs)
     assert samples.std(0).tolist() == pytest.approx([2.0, 1.0], rel=0.02)
-    assert samples.mean(0).tolist() == pytest.approx(agent.actor(obs[0]).tolist(), abs=0.05)
+    assert samples.mean(0).tolist() == pytest.approx(agent.actor(torch.ones(4)).tolist(), abs=0.05)
 
 
 def test_r3_log_probability_and_entropy_are_sums_over_components():
     agent, obs, actions = new_agent(4, 2), torch.randn(5, 4), torch.randn(5, 2)
     set_log_std(agent, LN2, -LN2)
-    policy = agent.policy(obs)
+    policy, _ = agent(obs)
     each = torch.distributions.Normal(agent.actor(obs), torch.tensor([2.0, 0.5]))
     assert policy.log_prob(actions).shape == policy.entropy().shape == (5,)
     torch.testing.assert_close(policy.log_prob(actions), each.log_prob(actions).sum(1))
@@ -149,9 +148,9 @@ def test_r3_log_probability_and_entropy_are_sums_over_components():
 def test_r3_ratio_is_the_product_of_the_ratios_of_the_components():
     agent = new_agent(4, 2)
     obs, actions = torch.zeros(1, 4), torch.zeros(1, 2)  # the mean is 0, too
-    old = agent.policy(obs).log_prob(actions)
+    old = agent(obs)[0].log_prob(actions)
     set_log_std(agent, LN2, math.log(4))
-    ratio = (agent.policy(obs).log_prob(actions) - old).exp()
+    ratio = (agent(obs)[0].log_prob(actions) - old).exp()
     assert ratio.item() == pytest.approx(1 / 2 * 1 / 4)
 
 
@@ -192,7 +191,7 @@ def test_r5_environment_gets_the_clipped_action_and_the_rollout_keeps_the_sample
     def keep_ratio(agent, minibatch, *coefficients):
         obs, actions, logprobs, *_ = minibatch
         kept.append(actions)
-        ratios.append((agent.policy(obs).log_prob(actions) - logprobs).exp())
+        ratios.append((agent(obs)[0].log_prob(actions) - logprobs).exp())
         return ppo_loss(agent, minibatch, *coefficients)
 
     monkeypatch.setattr(ppo_continuous, "Agent", FarOut)

@@ -104,17 +104,11 @@ def script(request):
 def seen(script, monkeypatch):
     """What `train` deals with: envs, obs and actions of every step, inputs of the networks."""
     seen = types.SimpleNamespace(envs=[], obs=[], actions=[], inputs=[])
-    make_envs, act = script.make_envs, script.act
+    make_envs = script.make_envs
 
     def keep_envs(args):
         seen.envs.append(make_envs(args))
         return seen.envs[-1]
-
-    def keep_act(agent, obs):
-        seen.obs.append(obs.numpy().copy())
-        actions = act(agent, obs)
-        seen.actions.append(actions.numpy().copy())
-        return actions
 
     class Agent(script.Agent):
         def __init__(self, envs):
@@ -122,8 +116,17 @@ def seen(script, monkeypatch):
             for network in (self.actor, self.critic):
                 network.register_forward_pre_hook(lambda _, args: seen.inputs.append(args[0]))
 
+        def rollout_policy(self, rng):
+            act = super().rollout_policy(rng)
+
+            def keep_act(obs):
+                seen.obs.append(obs.copy())
+                seen.actions.append(act(obs))
+                return seen.actions[-1].copy()
+
+            return keep_act
+
     monkeypatch.setattr(script, "make_envs", keep_envs)
-    monkeypatch.setattr(script, "act", keep_act)
     monkeypatch.setattr(script, "Agent", Agent)
     return seen
 
@@ -170,6 +173,7 @@ def test_networks_only_ever_see_float32(script, seen, name):
     train(script, env_id=f"{script.__name__}/Sees{name}-v0")
     assert seen.envs[0].single_observation_space.dtype == np.float32
     assert {x.dtype for x in seen.inputs} == {torch.float32}
+    assert {x.dtype for x in seen.obs} == {np.dtype(np.float32)}
 
 
 # ------------------------------------------------------------------------------------------------
@@ -193,7 +197,7 @@ def test_discrete_actions_are_counted_from_the_first_of_the_environment(script, 
 def test_continuous_actions_reach_the_environment_in_its_shape_and_bounds(script, seen, name):
     train(script, env_id=f"Takes{name}-v0")
     space = BOXES[name]
-    given = np.array(seen.actions)
+    given = np.array(seen.actions, np.float32)  # as the rollout keeps them
     assert given.shape == (32, 2, np.prod(space.shape, dtype=int))
     for i, env in enumerate(sub_envs(seen)):
         expected = given[:, i].reshape(32, *space.shape)

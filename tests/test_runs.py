@@ -368,15 +368,44 @@ def test_same_seed_same_run(script):
     assert not torch.equal(weights, other_weights)
 
 
-def test_seed_reaches_the_environments(script, monkeypatch):
-    """With the same weights and draws, other first observations have other values."""
-    seed_torch, losses = torch.manual_seed, {}
-    monkeypatch.setattr(torch, "manual_seed", lambda seed: seed_torch(1))
+RANDOM = {  # where each takes its seed
+    "weights": (torch, "manual_seed"),
+    "actions": (np.random, "default_rng"),
+    "environments": (np.random, "SeedSequence"),
+}
+
+
+@pytest.mark.parametrize("what", RANDOM)
+def test_seed_reaches(what, script, monkeypatch):
+    """Two seeds lead to other losses where one thing alone is random and the others are fixed."""
+    for owner, name in (RANDOM[other] for other in RANDOM.keys() - {what}):
+        original = getattr(owner, name)
+
+        def fixed(seed, original=original):
+            return original(np.ones_like(seed).tolist())
+
+        monkeypatch.setattr(owner, name, fixed)
+    losses = {}
     for seed in (1, 2):
         train(script, seed=seed, exp_name=str(seed), **TINY[name_of(script)])
         (path,) = Path("runs").glob(f"*__{seed}__{seed}__*/metrics.csv")
         losses[seed] = [line.split(",")[2:] for line in path.open() if "losses/" in line]
     assert losses[1] != losses[2]
+
+
+def test_torch_has_its_threads_for_the_update_and_one_for_acting(script, monkeypatch):
+    """In every iteration."""
+    threads = {"rollout_policy": [], "ppo_loss": []}
+    for owner, name in ((script.Agent, "rollout_policy"), (script, "ppo_loss")):
+        original = getattr(owner, name)
+
+        def counted(*args, name=name, original=original):
+            threads[name].append(torch.get_num_threads())
+            return original(*args)
+
+        monkeypatch.setattr(owner, name, counted)
+    train(script, torch_threads=2, **TINY[name_of(script)])
+    assert threads == {"rollout_policy": [1] * 2, "ppo_loss": [2] * 8}
 
 
 # ------------------------------------------------------------------------------------------------
@@ -613,6 +642,7 @@ def test_booleans_of_sweeps(script):
     assert (args.anneal_lr, args.norm_adv, args.clip_vloss) == (False, False, True)
     assert (args.track, args.cuda, args.seed) == (True, True, 7)
     assert script.parse_args(["--torch-deterministic=False"]).torch_deterministic is False
+    assert [script.parse_args(x).compile for x in ([], ["--compile=False"])] == [True, False]
 
 
 def test_commands_written_for_cleanrl(script):

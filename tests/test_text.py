@@ -26,6 +26,7 @@ CONFIGURATION = {
         "-     torch_threads: int = ...  "
         "# CPU threads of torch; networks this small are slower with more",
         "+     torch_threads: int = ...  # CPU threads of torch",
+        '+     precision: Literal["fp32", "bf16"] = ...  # what the torso multiplies in',
     ],
 }
 TRAINING = {
@@ -34,7 +35,10 @@ TRAINING = {
         '+     saved = {"agent": agent, "optimizer": optimizer, "normalizer": envs}  '
         "# what a checkpoint holds",
     ],
-    "atari": [],
+    "atari": [
+        "-     agent = Agent(envs).to(device)",
+        "+     agent = Agent(envs, args.precision).to(device)",
+    ],
 }
 
 each_script = pytest.mark.parametrize("source", SOURCES.values(), ids=SOURCES)

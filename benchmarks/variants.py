@@ -1,0 +1,132 @@
+"""What each measure for speed gives: the scripts as they are beside copies with lines replaced.
+
+    python benchmarks/variants.py --rounds 5
+
+The first group takes away what is there, the second adds what was tried and left out. Each copy
+runs in turn with the script itself, with the script's default number of torch threads. Writes
+docs/results/variants.csv: steps per second of every run, counted as in benchmarks/speed.py.
+"""
+
+import csv
+import dataclasses
+import itertools
+import statistics
+import tempfile
+from pathlib import Path
+
+import tyro
+from speed import ROOT, TASKS, Program, commit_of, execute, steps_per_second
+
+FIELDS = ("script", "precision", "variant", "round", "steps_per_second", "commit")
+EAGER = ("compiled(ppo_gradient) if args.compile else ppo_gradient", "ppo_gradient")
+ALL_THREADS = (
+    "        torch.set_num_threads(1)  # the other cores belong to the environments\n",
+    "",
+)
+UNFUSED = ("fused=True)  # [C3]", "fused=False)  # [C3]")
+NOT_CAST = ("        frozen.torso.to(", "        (lambda dtype: None)(")
+CHANNELS_FIRST = [
+    (
+        "gym.spaces.Box(0, 255, (84, 84, 4), np.uint8)",
+        "gym.spaces.Box(0, 255, (4, 84, 84), np.uint8)",
+    ),
+    ("return cv2.merge(self.frames), info", "return np.stack(self.frames), info"),
+    ("return cv2.merge(self.frames), np.sign", "return np.stack(self.frames), np.sign"),
+    ("obs.permute(0, 3, 1, 2) / 255.0", "obs / 255.0"),
+]
+ONE_FORWARD = [  # of the whole batch
+    ("for chunk in batch_obs.split(M)]", "for chunk in batch_obs.split(len(batch_obs))]"),
+    ("pairs = zip(outputs, batch_actions.split(M), strict=False)", "pairs = []"),
+    (
+        "torch.cat([policy.log_prob(chunk) for (policy, _), chunk in pairs])",
+        "Categorical(logits=outputs[0][0].logits[: args.batch_size]).log_prob(batch_actions)",
+    ),
+]
+TORCH_ACTS = {
+    "ppo_discrete.py": [
+        (
+            "            logits = np.tanh(np.tanh(obs @ w1 + b1) @ w2 + b2) @ w3 + b3\n",
+            "            with torch.inference_mode():\n"
+            "                logits = self.actor(torch.as_tensor(obs))\n"
+            "                return Categorical(logits=logits).sample().numpy()\n",
+        )
+    ],
+    "ppo_continuous.py": [
+        (
+            "            mean = np.tanh(np.tanh(obs @ w1 + b1) @ w2 + b2) @ w3 + b3\n",
+            "            with torch.inference_mode():\n"
+            "                mean = self.actor(torch.as_tensor(obs))\n"
+            "                return Normal(mean, self.log_std.exp(), False).sample().numpy()\n",
+        )
+    ],
+}
+KEEP_MEMORY = [
+    (
+        "    check_args(args)\n    train(args)",
+        "    check_args(args)\n    import ctypes\n\n    libc = ctypes.CDLL(None)\n"
+        "    libc.mallopt(-3, 2**30)\n    libc.mallopt(-1, 2**31 - 1)\n    train(args)",
+    )
+]
+COMPILED_STEP = [
+    ("optimizer.step()\n            kls", "step()\n            kls"),
+    ("    T, N, M = ", "    step = torch.compile(optimizer.step)\n    T, N, M = "),
+]
+
+# script, precision where there is a choice, name of the variant, [(old text, new text), ...]
+VARIANTS = [
+    ("ppo_discrete.py", "", "update not compiled", [EAGER]),
+    ("ppo_discrete.py", "", "torch acts", TORCH_ACTS["ppo_discrete.py"]),
+    ("ppo_discrete.py", "", "Adam not fused", [UNFUSED]),
+    ("ppo_continuous.py", "", "update not compiled", [EAGER]),
+    ("ppo_continuous.py", "", "torch acts", TORCH_ACTS["ppo_continuous.py"]),
+    ("ppo_continuous.py", "", "Adam not fused", [UNFUSED]),
+    ("ppo_atari.py", "fp32", "update not compiled", [EAGER]),
+    ("ppo_atari.py", "fp32", "channels first", CHANNELS_FIRST),
+    ("ppo_atari.py", "fp32", "whole batch evaluated at once", ONE_FORWARD),
+    ("ppo_atari.py", "fp32", "all threads while acting", [ALL_THREADS]),
+    ("ppo_atari.py", "bf16", "update not compiled", [EAGER]),
+    ("ppo_atari.py", "bf16", "channels first", CHANNELS_FIRST),
+    ("ppo_atari.py", "bf16", "weights cast at every step", [NOT_CAST]),
+    ("ppo_atari.py", "bf16", "all threads while acting", [ALL_THREADS]),
+    ("ppo_discrete.py", "", "left out: Adam compiled, too", COMPILED_STEP),
+    ("ppo_atari.py", "fp32", "left out: glibc keeps memory", KEEP_MEMORY),
+    ("ppo_atari.py", "bf16", "left out: glibc keeps memory", KEEP_MEMORY),
+]
+
+
+@dataclasses.dataclass(frozen=True)
+class Args:
+    rounds: int = 5  # runs of each copy, and of the script beside it
+    only: str = ""  # script whose variants are measured; empty: of all
+
+
+def main(args: Args):
+    commit, rows = commit_of(ROOT), []
+    tasks = {task.script: task for task in TASKS}
+    with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryDirectory() as cache:
+        for script, precision, name, replacements in VARIANTS:
+            if args.only not in script:
+                continue
+            text = (ROOT / script).read_text()
+            for old, new in replacements:
+                if text.count(old) != 1:
+                    raise SystemExit(f"{script}, {name}: {text.count(old)} times {old!r}")
+                text = text.replace(old, new)
+            copy = Path(folder) / script
+            copy.write_text(text)
+            flags = ["--precision", precision] if precision else []
+            paths, speeds = {"as it is": ROOT / script, name: copy}, {"as it is": [], name: []}
+            for number, variant in itertools.product(range(1, args.rounds + 1), paths):
+                program = Program(variant, precision, "default", [paths[variant], *flags], commit)
+                run = execute(program, tasks[script].flags(number), cache)
+                speeds[variant].append(steps_per_second(run.metrics))
+                row = (script, precision, variant, number)
+                rows.append((*row, f"{speeds[variant][-1]:.1f}", commit))
+            ratios = [a / b for a, b in zip(speeds[name], speeds["as it is"], strict=True)]
+            print(f"{script} {precision} {name}: {statistics.median(ratios):.2f}", flush=True)
+    with open(ROOT / "docs" / "results" / "variants.csv", "w") as file:
+        csv.writer(file, lineterminator="\n").writerows([FIELDS, *rows])
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args))

@@ -1,0 +1,265 @@
+"""What benchmarks/ measures, on numbers done by hand."""
+
+import csv
+import importlib
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import cleanrl_shim
+import pytest
+import speed
+
+import make_performance
+
+ROWS = [  # of a metrics.csv: the first iteration compiles, the others take a second each
+    (100, 9.0, "charts/SPS", 11),
+    (200, 9.5, "charts/episodic_return", 7),
+    (200, 10.0, "charts/SPS", 20),
+    (300, 11.0, "charts/SPS", 27),
+    (400, 12.0, "charts/SPS", 33),
+]
+
+
+def table(*rows, columns="program precision threads steps_per_second"):
+    """Rows of a CSV file, all values as text."""
+    return [dict(zip(columns.split(), map(str, row), strict=True)) for row in rows]
+
+
+def write_csv(path, rows):
+    with open(path, "w") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+@pytest.mark.parametrize("task", speed.TASKS, ids=lambda task: task.script)
+def test_every_program_is_given_our_default_values(task):
+    args = importlib.import_module(Path(task.script).stem).Args()
+    names = ("env_id", "num_envs", "num_steps", "num_minibatches", "update_epochs", "batch_size")
+    assert {x: getattr(task, x) for x in names} == {x: getattr(args, x) for x in names}
+    assert task.steps % task.batch_size == task.long % task.batch_size == 0
+    flags = task.flags(seed=3)
+    assert flags[0] == "--no-cuda"
+    given = dict(zip(flags[1::2], flags[2::2], strict=True))
+    assert given["--total-timesteps"] == str(task.steps)
+    assert (given["--seed"], given["--num-steps"]) == ("3", str(args.num_steps))
+
+
+# ------------------------------------------------------------------------------------------------
+# One run
+
+
+def test_speed_leaves_out_the_first_quarter():
+    assert speed.steps_per_second(ROWS) == 300 / 3
+    assert speed.steps_per_second([(50, 1.0, "charts/SPS", 50), *ROWS]) == 300 / 3
+    assert speed.steps_per_second(ROWS[2:]) == 200 / 2
+
+
+def test_tenths():
+    """Ten steps each: in 1 s at first, in 2 s from step 50 on; two rows for each tenth."""
+    rows = [(5 * i, i / 2 if i <= 10 else i - 5, "charts/SPS", 0) for i in range(1, 21)]
+    steps, speeds = zip(*speed.tenths(rows), strict=True)
+    assert steps == (10, 20, 30, 40, 50, 60, 70, 80, 90, 100)
+    assert speeds == (10,) * 5 + (5,) * 5
+
+
+def test_when_the_bar_is_reached():
+    """0, 2, 4, ...: the mean of the last three is 6 after 4, 6, 8 and above 6 one later."""
+    rows = [(10 * i, 0.5 * i, "charts/episodic_return", 2 * i) for i in range(10)]
+    rows.insert(5, (45, 2.2, "charts/SPS", 1000))
+    assert speed.reach(rows, 6, episodes=3) == (40, 2.0)
+    assert speed.reach(rows, 6.1, episodes=3) == (50, 2.5)
+    assert speed.reach(rows, 17, episodes=3) is None
+    assert speed.reach(rows, 0, episodes=11) is None
+
+
+def test_shim_writes_the_columns_of_our_metrics():
+    """As CleanRL uses its writer, and LeanRL its progress bar."""
+    writer = cleanrl_shim.SummaryWriter("runs/a")
+    writer.add_scalar("charts/SPS", 123, 512)
+    writer.close()
+    cleanrl_shim.Progress.init(config={"batch_size": 64}, project="any")
+    bar = cleanrl_shim.Progress(range(1, 4))
+    assert [bar.set_description("text") or iteration for iteration in bar] == [1, 2, 3]
+
+    (row,) = speed.read_metrics(Path("runs/a/metrics.csv"))
+    assert row[0] == 512
+    assert 0 <= row[1] < 1
+    assert row[2:] == ("charts/SPS", 123)
+    rows = speed.read_metrics(Path("runs/leanrl/metrics.csv"))
+    assert [step for step, _ in speed.clock(rows)] == [64, 128, 192]
+
+
+def test_pss():
+    text = (
+        "55-7f ---p 00000000 00:00 0   [rollup]\nRss:   1696 kB\nPss:    217 kB\nPss_Dirty: 1 kB\n"
+    )
+    assert speed.pss_kb(text) == 217
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason="no /proc")
+def test_memory_of_descendants_counts():
+    code = "x = bytearray(b'1') * 50_000_000; print(flush=True); input()"
+    code = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {code!r}])"
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen([sys.executable, "-c", code], **pipes) as child:
+        child.stdout.readline()
+        alone = speed.pss_kb(Path(f"/proc/{child.pid}/smaps_rollup").read_text())
+        assert speed.tree_pss_kb(child.pid) > alone + 48_000
+        child.communicate(b"\n")
+    assert speed.tree_pss_kb(child.pid) == 0
+
+
+def test_execute(monkeypatch):
+    """A program in a folder of its own, with its number of threads, and what it leaves behind."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "7")
+    Path("program.py").write_text(
+        "import os, pathlib, sys, time\n"
+        "path = pathlib.Path('runs/a/metrics.csv')\n"
+        "path.parent.mkdir(parents=True)\n"
+        "threads = os.environ.get('OMP_NUM_THREADS', 0)\n"
+        "path.write_text(f'global_step,time,name,value\\n{sys.argv[1]},2,threads,{threads}\\n')\n"
+        "assert os.environ['TORCHINDUCTOR_CACHE_DIR'] == 'cache'\n"
+        "time.sleep(0.7)\n"
+        "sys.exit('broken' if sys.argv[1] == '13' else 0)\n"
+    )
+    for threads, expected in (("1", 1), ("default", 0), ("2", 0)):
+        program = speed.Program("any", "fp32", threads, [Path("program.py").resolve()], "")
+        run = speed.execute(program, ["12"], "cache", memory=threads == "1")
+        assert run.metrics == [(12, 2.0, "threads", expected)]
+        assert 0.7 < run.wall_seconds < 60
+        measured = threads == "1" and Path("/proc/self/smaps_rollup").exists()
+        assert 1 < run.peak_pss_mb < 100 if measured else run.peak_pss_mb is None
+    with pytest.raises(SystemExit, match=r"(?s)program.py 13 failed.*broken"):
+        speed.execute(program, ["13"], "cache")
+    assert not Path("runs").exists()
+
+
+# ------------------------------------------------------------------------------------------------
+# The programs and what is written
+
+
+@pytest.mark.parametrize(
+    ("script", "expected"),
+    [
+        ("ppo_discrete.py", ["ours", "CleanRL", "SB3"]),
+        ("ppo_continuous.py", ["ours", "CleanRL", "SB3", "LeanRL", "LeanRL --compile"]),
+        ("ppo_atari.py", ["ours", "ours", "CleanRL", "SB3"]),
+    ],
+)
+def test_programs(script, expected):
+    (task,) = (task for task in speed.TASKS if task.script == script)
+    args = speed.Args(cleanrl=Path("a"), leanrl=Path("b"), sb3=True)
+    commits = dict.fromkeys(["ours", "CleanRL", "SB3", "LeanRL"], "c")
+    found = speed.programs(task, args, commits)
+    assert [program.name for program in found] == 2 * expected
+    for program in found:
+        default = str(os.cpu_count()) if program.name == "ours" else "default"
+        assert program.threads in ("1", default)
+        if program.name == "ours":
+            command = program.command
+            assert command[command.index("--torch-threads") + 1] == program.threads
+    if script == "ppo_atari.py":
+        assert [program.precision for program in found[:3]] == ["fp32", "bf16", "fp32"]
+
+
+@pytest.mark.parametrize(
+    ("num_envs", "num_steps", "steps"),
+    [(1, 1024, 12_288), (8, 128, 12_288), (64, 16, 12_288), (128, 16, 16_384)],
+)
+def test_batch_grows_only_where_it_must(num_envs, num_steps, steps):
+    task = speed.with_envs(speed.TASKS[2], num_envs)
+    assert (task.num_envs, task.num_steps, task.steps) == (num_envs, num_steps, steps)
+
+
+def test_medians():
+    rows = table(("ours", "fp32", 1, 30.0), ("SB3", "fp32", 1, ""), ("ours", "fp32", 1, 10.0))
+    rows += table(("ours", "fp32", 1, 11.0), ("ours", "fp32", 2, 5.0), ("ours", "fp32", 2, 6.0))
+    assert speed.medians(rows, "steps_per_second") == {
+        ("ours", "fp32", "1"): (11.0, 10.0, 30.0),
+        ("SB3", "fp32", "1"): (None, None, None),
+        ("ours", "fp32", "2"): (5.5, 5.0, 6.0),
+    }
+
+
+def test_ratios_are_to_the_better_median_of_a_peer():
+    rows = table(("ours", "fp32", 1, 90), ("ours", "bf16", 1, 120), ("ours", "fp32", 2, 60))
+    rows += table(("CleanRL", "fp32", 1, 30), ("CleanRL", "fp32", "default", 40))
+    rows += table(("CleanRL", "fp32", "default", 48), ("CleanRL", "fp32", "default", 1000))
+    rows += table(("SB3", "fp32", 1, 24), ("SB3", "fp32", "default", 20))
+    assert speed.ratios(rows) == {
+        ("fp32", "1"): {"CleanRL": (90 / 48, 48), "SB3": (90 / 24, 24)},
+        ("bf16", "1"): {"CleanRL": (120 / 48, 48), "SB3": (120 / 24, 24)},
+        ("fp32", "2"): {"CleanRL": (60 / 48, 48), "SB3": (60 / 24, 24)},
+    }
+
+
+def test_page(tmp_path):
+    columns = "script env_id program precision threads round steps steps_per_second"
+    columns += " wall_seconds peak_pss_mb commit"
+    row = ("ppo_discrete.py", "CartPole-v1")
+    rows = table(
+        (*row, "ours", "fp32", 1, 1, 102400, 6000.4, 20.25, 301.2, "c"),
+        (*row, "CleanRL", "fp32", "default", 1, 102400, 3000, 41, "", "d"),
+        (*row, "ours", "fp32", 1, 2, 102400, 9000, 10.25, 300.2, "c"),
+        ("ppo_atari.py", "Game", "ours", "bf16", 2, 1, 12288, 500, 30, 900, "c"),
+        columns=columns,
+    )
+    write_csv(tmp_path / "speed.csv", rows)
+    rows = table(
+        ("s", "e", "ours", 500000, 80.0, 30.0),
+        ("s", "e", "ours", 500000, 90.0, ""),
+        ("s", "e", "ours", 500000, 70.0, 40.0),
+        columns="script env_id program steps wall_seconds seconds_to_475",
+    )
+    write_csv(tmp_path / "cold.csv", rows)
+    commit = 3 * "0123456789abc" + "d"
+    (tmp_path / "speed.json").write_text(
+        '{"speed": {"command": "python x", "date": "2026-01-02", "cpus": 2, "cpu": "Brand",'
+        f'"versions": {{"torch": "2.13.0"}}, "commits": {{"ours": "{commit}-dirty"}}}}}}'
+    )
+    page = speed.page(tmp_path)
+    assert "\n## ppo_discrete.py, CartPole-v1, 102,400 steps\n" in page
+    assert "\n| ours | fp32 | 1 | 2 | 7,500 (6,000 to 9,000) | 15.2 | 301 |\n" in page
+    assert "\n| CleanRL | fp32 | default | 1 | 3,000 (3,000 to 3,000) | 41.0 |  |\n" in page
+    assert "\n| ppo_discrete.py | fp32 | 1 | 7,500 | 2.50 x 3,000 | 2.50 |\n" in page
+    assert "\n| ppo_atari.py | bf16 | 2 | 500 |  |  |\n" in page
+    assert "ours 29.1 MB, CleanRL 115.6 MB, SB3 28.9 MB.\n" in page
+    assert "\n| ours | 3 | 80.0 (70.0 to 90.0) | 40.0 (30.0 to inf) | 1 |\n" in page
+    assert (
+        "- `python x`, 2026-01-02: 2 CPUs,\n  Brand, torch 2.13.0; ours 0123456789ab-dirty\n"
+        in page
+    )
+
+
+def test_storage_of_observations():
+    """1,024 or 1,032 observations of 28,224 numbers, of one or of four bytes."""
+    atari = speed.TASKS[2]
+    assert speed.observation_mb("ours", atari) == pytest.approx(29.127168)
+    assert speed.observation_mb("CleanRL", atari) == pytest.approx(115.605504)
+    assert speed.observation_mb("SB3", atari) == pytest.approx(28.901376)
+
+
+def test_command_without_paths():
+    argv = ["/a/b/benchmarks/speed.py", "--cleanrl", "/a/b c", "--leanrl=../d", "--rounds", "3"]
+    expected = "python benchmarks/speed.py --cleanrl PATH --leanrl=PATH --rounds 3"
+    assert speed.without_paths(argv) == expected
+
+
+def test_curve_of_the_picture(tmp_path):
+    columns = "script over threads num_envs default_batch round steps steps_per_second"
+    values = [(2, 1, 40), (1, 1, 10), (1, 2, 30), (1, 3, 11), (2, 2, 60)]
+    rows = table(
+        *(("s", "num_envs", 1, n, "True", number, 512, speed) for n, number, speed in values),
+        ("s", "num_envs", 2, 1, "True", 1, 512, 1000),
+        ("s", "steps", 1, 1, "True", 1, 512, 2000),
+        ("t", "num_envs", 1, 1, "False", 1, 512, 3000),
+        columns=columns,
+    )
+    write_csv(tmp_path / "scaling.csv", rows)
+    rows = make_performance.load(tmp_path / "scaling.csv")
+    expected = ([1, 2], [11, 50], [10, 40], [30, 60])
+    assert make_performance.curve(rows, "s", "num_envs", threads=1) == expected
+    assert make_performance.curve(rows, "s", "steps", threads=1) == ([512], [2000], [2000], [2000])
