@@ -1,6 +1,9 @@
-"""Draws docs/results/scaling.png from docs/results/scaling.csv, which benchmarks/speed.py writes.
+"""Writes docs/performance.md and docs/results/scaling.png from what benchmarks/ left in results/.
 
-python docs/make_performance.py
+    python docs/make_performance.py
+
+A section stands on the page once its file is there: speed.md and scaling.csv are written by
+benchmarks/speed.py, phases.csv, variants.csv and precision.csv by the programs of these names.
 """
 
 import csv
@@ -12,11 +15,49 @@ import numpy as np
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-RESULTS = Path(__file__).parent / "results"
+DOCS = Path(__file__).parent
+RESULTS = DOCS / "results"
+
+INTRODUCTION = """# Performance
+
+Made by `python docs/make_performance.py` from the files in [results/](results), each written by the
+program that its section names. The machines are shared and noisy: programs run in turn, figures are
+medians, and ratios mean more than steps per second."""
+
+PHASES = """## Where the time goes
+
+`python benchmarks/phases.py` ([raw data](results/phases.csv)): median milliseconds of an iteration
+spent in each phase. The floor, in brackets: stepping the environments with random actions and
+nothing else, and the multiplications of a phase at the rate of one large matrix product."""
+
+VARIANTS = """## What it is due to
+
+`python benchmarks/variants.py` ([raw data](results/variants.csv)): steps per second of a copy of
+the script with some lines replaced, as a multiple of the script as it is, run in turn. Below 1, the
+lines that are there are worth having. What was tried and left out is marked so: it gives too little
+speed for its text."""
+
+PRECISION = """## bf16
+
+`python benchmarks/precision.py` ([raw data](results/precision.csv)): the gradient of the same loss
+for the same minibatch and weights in both precisions. With `--precision bf16` the convolutions and
+the layer after them multiply in bfloat16; weights, heads, loss and Adam stay in float32."""
+
+SCALING = """## By environments, threads and steps
+
+`python benchmarks/speed.py --scaling` ([raw data](results/scaling.csv)).
+
+![steps per second over environments and over the steps of one run](results/scaling.png)"""
+
+
+def read(name):
+    """The rows of a file in docs/results/, all values as text."""
+    with open(RESULTS / name) as file:
+        return list(csv.DictReader(file))
 
 
 def load(path):
-    """The rows, numbers as numbers."""
+    """The rows of scaling.csv, numbers as numbers."""
     with open(path) as file:
         rows = list(csv.DictReader(file))
     for row in rows:
@@ -67,5 +108,73 @@ def plot(rows, path):
     figure.savefig(path, dpi=100, metadata={"Software": None})
 
 
+def phases_table(rows):
+    """One row for each phase, one column for each script and precision."""
+    columns = list(dict.fromkeys((row["script"], row["precision"]) for row in rows))
+    cells = {(row["script"], row["precision"], row["phase"]): row for row in rows}
+    titles = [f"{script}, {precision}" for script, precision in columns]
+    lines = [f"| ms | {' | '.join(titles)} |", "|---" * (len(columns) + 1) + "|"]
+    for phase in dict.fromkeys(row["phase"] for row in rows):
+        line = [phase]
+        for column in columns:
+            row = cells[(*column, phase)]
+            floor = row["floor_milliseconds"]
+            line.append(f"{float(row['milliseconds']):,.1f}" + (f" ({floor})" if floor else ""))
+        lines.append(f"| {' | '.join(line)} |")
+    sums = [
+        sum(float(row["milliseconds"]) for row in rows if (row["script"], row["precision"]) == x)
+        for x in columns
+    ]
+    return [*lines, f"| sum | {' | '.join(f'{x:,.1f}' for x in sums)} |"]
+
+
+def variants_table(rows):
+    """The median ratio of each variant to the script beside it, lowest and highest."""
+    lines = ["| script | precision | variant | runs | steps/s |", "|---|---|---|---|---|"]
+    speeds, pairs = None, {}
+    for row in rows:  # the script as it is stands before each run of a variant
+        if row["variant"] == "as it is":
+            speeds = float(row["steps_per_second"])
+        else:
+            key = (row["script"], row["precision"], row["variant"])
+            pairs.setdefault(key, []).append(float(row["steps_per_second"]) / speeds)
+    for key, ratios in pairs.items():
+        spread = f"{np.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
+        lines.append(f"| {' | '.join(key)} | {len(ratios)} | {spread} |")
+    return lines
+
+
+def precision_text(rows):
+    """The cosines of precision.csv in a sentence."""
+    cosines = [float(row["cosine"]) for row in rows]
+    cosine = f"at least {min(cosines):.5f}, median {np.median(cosines):.5f}"
+    return [f"Cosine of the two gradients over {len(cosines)} minibatches: {cosine}."]
+
+
+def page():
+    """docs/performance.md"""
+    lines = [INTRODUCTION]
+    if (RESULTS / "speed.md").exists():
+        text = (RESULTS / "speed.md").read_text().strip().split("\n", 1)[1]
+        lines += [
+            "",
+            "## Beside CleanRL, Stable-Baselines3 and LeanRL",
+            text.replace("\n## ", "\n### "),
+        ]
+    sections = [
+        ("phases.csv", PHASES, phases_table),
+        ("variants.csv", VARIANTS, variants_table),
+        ("precision.csv", PRECISION, precision_text),
+    ]
+    for name, text, table in sections:
+        if (RESULTS / name).exists():
+            lines += ["", text, "", *table(read(name))]
+    if (RESULTS / "scaling.csv").exists():
+        lines += ["", SCALING]
+    return "\n".join(lines) + "\n"
+
+
 if __name__ == "__main__":
-    plot(load(RESULTS / "scaling.csv"), RESULTS / "scaling.png")
+    if (RESULTS / "scaling.csv").exists():
+        plot(load(RESULTS / "scaling.csv"), RESULTS / "scaling.png")
+    (DOCS / "performance.md").write_text(page())

@@ -86,9 +86,9 @@ def spy(monkeypatch, owner, name):
     return calls
 
 
-def small_agent(script):
+def small_agent(script, **changes):
     """An untrained agent for the script's default task, and the closed environments."""
-    envs = script.make_envs(script.Args(num_envs=1, vectorization="sync"))
+    envs = script.make_envs(script.Args(**{"num_envs": 1, "vectorization": "sync"} | changes))
     envs.close()
     return script.Agent(envs), envs
 

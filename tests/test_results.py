@@ -6,6 +6,7 @@ import subprocess
 import numpy as np
 import pytest
 
+import make_performance
 import make_results
 from conftest import ROOT
 
@@ -20,11 +21,11 @@ def test_page_is_up_to_date():
 
 
 @pytest.mark.parametrize("group", make_results.GROUPS, ids=lambda group: str(group[:2]))
-def test_every_bar_is_reached(group):
-    env_id, changes, bar, _ = group
+def test_mean_score_is_at_least_what_is_asked(group):
+    env_id, changes, least, _ = group
     scores = [make_results.last_100(m) for _, m in make_results.select(RUNS, env_id, changes)]
     assert scores
-    assert bar is None or min(scores) >= bar
+    assert least is None or np.mean(scores) >= least
 
 
 def test_bootstrapping_truncations_is_worth_it():
@@ -62,3 +63,28 @@ def test_script_of_a_run_is_the_one_of_its_commit(config, metrics):
     if process.returncode:
         pytest.skip("this commit is not here")
     assert hashlib.sha256(process.stdout).hexdigest() == config["script_sha256"]
+
+
+def test_performance_page_is_up_to_date():
+    assert (ROOT / "docs" / "performance.md").read_text() == make_performance.page()
+
+
+def test_tables_of_performance_by_hand():
+    rows = [("as it is", 100), ("slow", 50), ("as it is", 200), ("slow", 180)]
+    rows = [
+        {"script": "a.py", "precision": "", "variant": variant, "steps_per_second": str(speed)}
+        for variant, speed in rows
+    ]
+    assert make_performance.variants_table(rows)[2:] == [
+        "| a.py |  | slow | 2 | 0.70 (0.50 to 0.90) |"
+    ]
+    rows = [("environments", "10.25", "8.00"), ("log", "1.00", "")]
+    names = ("phase", "milliseconds", "floor_milliseconds")
+    rows = [
+        dict(zip(names, r, strict=True)) | {"script": "a.py", "precision": "fp32"} for r in rows
+    ]
+    assert make_performance.phases_table(rows)[2:] == [
+        "| environments | 10.2 (8.00) |",
+        "| log | 1.0 |",
+        "| sum | 11.2 |",
+    ]
