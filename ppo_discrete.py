@@ -417,7 +417,7 @@ def compiled(function):
         nonlocal fast
         try:
             return fast(*args)
-        except torch._dynamo.exc.TorchDynamoException as error:
+        except (torch._dynamo.exc.TorchDynamoException, OSError) as error:
             print("not compiled, slower:", str(error).splitlines()[0], file=sys.stderr)
             fast = function
             return function(*args)
