@@ -22,7 +22,8 @@ INTRODUCTION = """# Performance
 
 Made by `python docs/make_performance.py` from the files in [results/](results), each written by the
 program that its section names. The machines are shared and noisy: programs run in turn, figures are
-medians, and ratios mean more than steps per second."""
+medians, and ratios mean more than steps per second. The runs so far are one round of the small
+networks, on a machine that its neighbours slowed down by a factor of about three."""
 
 PHASES = """## Where the time goes
 
