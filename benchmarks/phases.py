@@ -17,7 +17,6 @@ import sys
 import tempfile
 import time
 import types
-from concurrent.futures import ProcessPoolExecutor
 from contextlib import chdir
 from pathlib import Path
 
@@ -158,10 +157,13 @@ def main(argv: list[str]):
     if argv:
         measure(*argv)
         return
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(1, mp_context=context, max_tasks_per_child=1) as pool:
-        tasks = [pool.submit(measure, *task) for task in TASKS]
-        rows = [row for task in tasks for row in task.result()]
+    rows = []
+    for task in TASKS:  # each in a process of its own, which compiles and threads as if alone
+        receiver, sender = multiprocessing.Pipe()
+        process = multiprocessing.Process(target=lambda x=task, y=sender: y.send(measure(*x)))
+        process.start()
+        rows += receiver.recv()
+        process.join()
     with open(ROOT / "docs" / "results" / "phases.csv", "w") as file:
         csv.writer(file, lineterminator="\n").writerows([FIELDS, *rows])
 
