@@ -64,7 +64,7 @@ class Args:
     torch_deterministic: bool = True  # only deterministic cuDNN kernels
     cuda: bool = True  # use the GPU if there is one
     torch_threads: int = 1  # CPU threads of torch; networks this small are slower with more
-    compile: bool = True  # compile the update, a few seconds once; needs a C++ compiler
+    compile: bool = True  # compile the update, which takes a while once; needs a C++ compiler
     checkpoint_every: int = 100  # iterations between checkpoints
     track: bool = False  # log to Weights & Biases, too
     wandb_project_name: str = "ppo37"  # W&B project
@@ -376,7 +376,7 @@ def train(args: Args) -> Agent:
         batch_actions = torch.as_tensor(actions, device=device).flatten(0, 1)
         with torch.no_grad():
             outputs = [agent(chunk) for chunk in batch_obs.split(M)]
-            pairs = zip(outputs, batch_actions.split(M), strict=False)
+            pairs = zip(outputs, batch_actions.split(M), strict=False)  # no action in s_T
             batch_logprobs = torch.cat([policy.log_prob(chunk) for (policy, _), chunk in pairs])
             batch_values = torch.cat([values for _, values in outputs])
         values = batch_values.view(T + 1, N).cpu().numpy()
@@ -485,7 +485,7 @@ def compiled(function):
         nonlocal fast
         try:
             return fast(*args)
-        except (torch._dynamo.exc.TorchDynamoException, OSError) as error:
+        except torch._dynamo.exc.TorchDynamoException as error:
             print("not compiled, slower:", str(error).splitlines()[0], file=sys.stderr)
             fast = function
             return function(*args)

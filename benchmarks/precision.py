@@ -10,17 +10,20 @@ docs/results/precision.csv and prints the cosines between them.
 import copy
 import csv
 import os
+import shlex
 import sys
 import tempfile
 from pathlib import Path
 
 import torch
+from speed import commit_of
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import ppo_atari  # noqa: E402
 
 FIELDS = ("update", "cosine", "relative_difference", "norm_fp32", "approx_kl_bf16")
+FIELDS += ("commit", "command")
 
 
 def gradient(agent, minibatch, coefficients, bf16: bool) -> torch.Tensor:
@@ -34,6 +37,7 @@ def gradient(agent, minibatch, coefficients, bf16: bool) -> torch.Tensor:
 def main(argv: list[str]):
     args = ppo_atari.parse_args([*argv, "--precision", "bf16", "--no-compile"])
     ppo_gradient, rows, calls = ppo_atari.ppo_gradient, [], 0
+    origin = (commit_of(ROOT), shlex.join(["python", "benchmarks/precision.py", *argv]))
 
     def compare(agent, batch, indices, max_grad_norm, *coefficients):
         nonlocal calls
@@ -44,7 +48,7 @@ def main(argv: list[str]):
             cosine = torch.nn.functional.cosine_similarity(exact, rounded, dim=0)
             difference = (exact - rounded).norm() / exact.norm()
             values = (cosine, difference, exact.norm(), stats["approx_kl"])
-            rows.append((calls, *(f"{value.item():.6g}" for value in values)))
+            rows.append((calls, *(f"{value.item():.6g}" for value in values), *origin))
         calls += 1
         return stats
 

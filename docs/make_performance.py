@@ -23,7 +23,7 @@ INTRODUCTION = """# Performance
 Made by `python docs/make_performance.py` from the files in [results/](results), each written by the
 program that its section names. The machines are shared and noisy: programs run in turn, figures are
 medians, and ratios mean more than steps per second. The runs so far are one round of the small
-networks, on a machine that its neighbours slowed down by a factor of about three."""
+networks, on a machine that its neighbours slowed down."""
 
 PHASES = """## Where the time goes
 
@@ -149,7 +149,10 @@ def precision_text(rows):
     """The cosines of precision.csv in a sentence."""
     cosines = [float(row["cosine"]) for row in rows]
     cosine = f"at least {min(cosines):.5f}, median {np.median(cosines):.5f}"
-    return [f"Cosine of the two gradients over {len(cosines)} minibatches: {cosine}."]
+    return [
+        f"Cosine of the two gradients over {len(cosines)} minibatches: {cosine}.",
+        f"Command: `{rows[0]['command']}`, commit {rows[0]['commit'][:12]}.",
+    ]
 
 
 def page():

@@ -26,16 +26,16 @@ DOCS = Path(__file__).parent
 RESULTS = DOCS / "results"
 EPISODE = ("charts/episodic_return", "charts/episodic_length")
 
-# environment, what sets its runs apart, the least mean, CleanRL's mean and deviation of 3 seeds
+# environment, what sets its runs apart, least score of a seed, least mean, CleanRL's of 3 seeds
 GROUPS = [
-    ("CartPole-v1", {}, 490, "490.0 +- 6.1"),
-    ("Acrobot-v1", {}, -87, "-86.4 +- 1.3"),
-    ("HalfCheetah-v5", {}, 1350, "1,443 +- 46 (v4)"),
-    ("Hopper-v5", {}, 2130, "2,383 +- 272 (v4)"),
-    ("InvertedPendulum-v5", {}, 950, ""),
-    ("Pendulum-v1", {"bootstrap_truncation": True}, None, ""),
-    ("Pendulum-v1", {"bootstrap_truncation": False}, None, ""),
-    ("BreakoutNoFrameskip-v4", {}, None, ""),
+    ("CartPole-v1", {}, 490, 490, "490.0 +- 6.1"),
+    ("Acrobot-v1", {}, -88, -87, "-86.4 +- 1.3"),
+    ("HalfCheetah-v5", {}, 1300, 1350, "1,443 +- 46 (v4)"),
+    ("Hopper-v5", {}, 1800, 2130, "2,383 +- 272 (v4)"),
+    ("InvertedPendulum-v5", {}, 950, 950, ""),
+    ("Pendulum-v1", {"bootstrap_truncation": True}, None, None, ""),
+    ("Pendulum-v1", {"bootstrap_truncation": False}, None, None, ""),
+    ("BreakoutNoFrameskip-v4", {}, None, None, ""),
 ]
 
 
@@ -45,13 +45,14 @@ Made by `python docs/make_results.py` from the runs in [results/](results), whic
 episode. A score is the mean return of the last 100 training episodes of a run, played by the
 stochastic policy while it learns, as everywhere in the field. CleanRL's column is what it
 [publishes](https://github.com/vwxyzjn/cleanrl/tree/fe8d8a0/docs/benchmark) for its own scripts.
-A test asks for the least mean, which is about CleanRL's less 5 % or its deviation. Breakout is a
-first look at 3 % of the default 10M steps. Its run and those of Pendulum-v1 are of earlier commits,
-see below. In Pendulum-v1 every episode is cut off by its time limit: with bootstrapping the task is
-solved, without it the return stays far below.
+Tests ask for the least score of each seed and the least mean, which is about CleanRL's less 5 % or
+its deviation; a seed below its least score is marked with an asterisk. Breakout is a first look
+at 3 % of the default 10M steps. Its run and those of Pendulum-v1 are of earlier commits, see below.
+In Pendulum-v1 every episode is cut off by its time limit: with bootstrapping the task is solved,
+without it the return stays far below.
 
-| environment | steps | seeds | score of each | mean | least mean | CleanRL |
-|---|---|---|---|---|---|---|"""
+| environment | steps | seeds | score of each | least | mean | least mean | CleanRL |
+|---|---|---|---|---|---|---|---|"""
 
 
 def thin(rows):
@@ -114,9 +115,10 @@ def select(runs, env_id, changes):
 def page(runs):
     """docs/results.md"""
     lines = [INTRODUCTION]
-    for env_id, changes, least, peer in GROUPS:
+    for env_id, changes, least, least_mean, peer in GROUPS:
         group = select(runs, env_id, changes)
         scores = [last_100(metrics) for _, metrics in group]
+        low = -np.inf if least is None else least
         digits = 0 if abs(np.mean(scores)) > 1000 else 1
         seeds = " ".join(str(config["seed"]) for config, _ in group)
         note = "" if changes.get("bootstrap_truncation", True) else ", no bootstrap"
@@ -124,9 +126,10 @@ def page(runs):
             env_id + note,
             f"{group[0][0]['total_timesteps']:,}",
             seeds,
-            " ".join(f"{score:,.{digits}f}" for score in scores),
-            f"{np.mean(scores):,.{digits}f}",
+            " ".join(f"{x:,.{digits}f}{'*' if x < low else ''}" for x in scores),
             "" if least is None else f"{least:,}",
+            f"{np.mean(scores):,.{digits}f}",
+            "" if least_mean is None else f"{least_mean:,}",
             peer,
         )
         lines.append(f"| {' | '.join(cells)} |")
@@ -159,7 +162,7 @@ def plot(runs, path):
     for axis in axes.flat[len(tasks) :]:
         axis.set_axis_off()
     for axis, task in zip(axes.flat, tasks, strict=False):
-        for env_id, changes, least, _ in GROUPS:
+        for env_id, changes, _, least, _ in GROUPS:
             if env_id != task:
                 continue
             color = "C1" if changes.get("bootstrap_truncation") is False else "C0"

@@ -20,12 +20,25 @@ def test_page_is_up_to_date():
     assert (ROOT / "docs" / "results.md").read_text() == make_results.page(RUNS)
 
 
-@pytest.mark.parametrize("group", make_results.GROUPS, ids=lambda group: str(group[:2]))
+each_group = pytest.mark.parametrize("group", make_results.GROUPS, ids=lambda x: str(x[:2]))
+
+
+@each_group
 def test_mean_score_is_at_least_what_is_asked(group):
-    env_id, changes, least, _ = group
+    env_id, changes, _, least, _ = group
     scores = [make_results.last_100(m) for _, m in make_results.select(RUNS, env_id, changes)]
     assert scores
     assert least is None or np.mean(scores) >= least
+
+
+@each_group
+def test_every_seed_reaches_its_least_score(group, request):
+    """Known to miss: seed 2 of Hopper-v5. Strict, so that a better run takes the mark away."""
+    env_id, changes, least, *_ = group
+    if env_id == "Hopper-v5":
+        request.applymarker(pytest.mark.xfail(reason="seed 2 ends at 1,653", strict=True))
+    scores = [make_results.last_100(m) for _, m in make_results.select(RUNS, env_id, changes)]
+    assert least is None or min(scores) >= least
 
 
 def test_bootstrapping_truncations_is_worth_it():
