@@ -3,8 +3,7 @@
     python ppo_discrete.py --env-id CartPole-v1 --seed 1
 
 The PPO of openai/baselines [ppo2] as described by "The 37 Implementation Details of PPO" [37].
-A tag such as [C5] marks the line that implements a detail: C = core, A = Atari, R = robotics,
-X = optional. `grep -n "\\[[CARX][0-9]" ppo_discrete.py` lists them; see docs/details.md.
+A tag such as [C5] marks the line that implements a detail; docs/details.md explains each.
 
 Notation, used without exception below
     T = num_steps         steps per environment in a rollout
@@ -13,7 +12,7 @@ Notation, used without exception below
     M = B / minibatches   transitions in a minibatch
     values[t] = V(s_t)    dones[t] = 1 if the episode ended with action t
 
-Left out on purpose: recurrence, several GPUs, TensorBoard.
+Left out on purpose: memory (ppo_atari_lstm.py has it), several GPUs, TensorBoard.
 Added to [ppo2]: an episode cut off by a time limit is bootstrapped from its last observation.
 
 References
@@ -50,7 +49,7 @@ import numpy as np
 import torch
 import tyro
 from torch import nn
-from torch.distributions import Categorical
+from torch.distributions import Categorical, Independent
 from tqdm import tqdm
 
 # ------------------------------------------------------------------------------------------------
@@ -89,7 +88,10 @@ class Args:
     ent_coef: float = 0.01  # c2, weight of the entropy bonus [C10]
     vf_coef: float = 0.5  # c1, weight of the value loss [C10]
     max_grad_norm: float = 0.5  # global norm the gradient is clipped to [C11]
+    anneal_clip: bool = False  # lower epsilon linearly to zero, too [X1]
     target_kl: float | None = None  # end the update after an epoch with a larger KL [X3]
+    penalty_kl: float | None = None  # instead of clipping, penalize the KL to keep it near [X5]
+    anneal_ent: bool = False  # lower c2 linearly to zero, too [X6]
 
     batch_size = property(lambda args: args.num_envs * args.num_steps)
     minibatch_size = property(lambda args: args.batch_size // args.num_minibatches)
@@ -100,21 +102,54 @@ class Args:
 # Environment
 
 
+class DiscreteActions(gym.Wrapper):
+    """[M1] [X4] An action is K choices, the k-th out of nvec[k]: Discrete(n) has K = 1, nvec = [n].
+
+    Observation: float32 [obs_dim + K * max(nvec)], that of the environment and a 1 for each choice
+    that is valid, a 0 for every other. The environment says which are, one component after the
+    other, in info["action_mask"] or, without that, by a method action_masks; by default all are.
+    """
+
+    def __init__(self, env: gym.Env):
+        super().__init__(env)
+        space = env.action_space
+        nvec = np.ravel(space.n if isinstance(space, gym.spaces.Discrete) else space.nvec)
+        self.action_space = gym.spaces.MultiDiscrete(nvec)
+        self.start, self.shape = space.start, space.shape
+        self.exists = np.arange(nvec.max()) < nvec[:, None]  # [K, max(nvec)]
+        has_masks = env.has_wrapper_attr("action_masks")
+        self.action_masks = env.get_wrapper_attr("action_masks") if has_masks else lambda: None
+        size = env.observation_space.shape[0] + self.exists.size
+        self.observation_space = gym.spaces.Box(-np.inf, np.inf, (size,), np.float32)
+
+    def reset(self, **kwargs):
+        obs, info = self.env.reset(**kwargs)
+        return self.with_mask(obs, info), info
+
+    def step(self, action):
+        action = self.start + action.reshape(self.shape)
+        obs, reward, terminated, truncated, info = self.env.step(action)
+        return self.with_mask(obs, info), reward, terminated, truncated, info
+
+    def with_mask(self, obs, info):
+        mask, valid = info.get("action_mask", self.action_masks()), self.exists
+        if mask is not None:
+            valid = np.zeros_like(self.exists)
+            valid[self.exists] = np.concatenate(mask) if isinstance(mask, tuple) else mask
+        return np.concatenate([obs, valid.ravel()], dtype=np.float32)
+
+
 def preprocess(env: gym.Env) -> gym.Env:
-    """Observations become float32 vectors, copied since environments may reuse their arrays."""
+    """Observations become float32 vectors, actions vectors of K numbers."""
     env = gym.wrappers.RecordEpisodeStatistics(env, stats_key="recorded")  # innermost: true scores
-    if not isinstance(env.action_space, gym.spaces.Discrete):
-        raise gym.error.Error(f"{env.action_space} is not Discrete; ppo_continuous.py has Box")
-    if start := int(env.action_space.start):
-        actions = gym.spaces.Discrete(env.action_space.n)
-        env = gym.wrappers.TransformAction(env, lambda action: action + start, actions)
+    if not isinstance(env.action_space, gym.spaces.Discrete | gym.spaces.MultiDiscrete):
+        raise gym.error.Error(f"{env.action_space} is not (Multi)Discrete; ppo_continuous.py has Box")
     space = env.observation_space
     if not (isinstance(space, gym.spaces.Box) and len(space.shape) == 1):
         env = gym.wrappers.FlattenObservation(env)  # Dict, Tuple, Discrete, images
     if not isinstance(env.observation_space, gym.spaces.Box):
         raise gym.error.Error(f"{space} cannot be flattened into one vector")
-    space = gym.spaces.Box(-np.inf, np.inf, env.observation_space.shape, np.float32)
-    return gym.wrappers.TransformObservation(env, lambda obs: np.array(obs, np.float32), space)
+    return DiscreteActions(env)
 
 
 def make_envs(args: Args) -> gym.vector.VectorEnv:
@@ -155,25 +190,33 @@ class Agent(nn.Module):
 
     def __init__(self, envs: gym.vector.VectorEnv):
         super().__init__()
-        (obs_dim,) = envs.single_observation_space.shape
-        self.actor = mlp(obs_dim, envs.single_action_space.n, gain=0.01)
-        self.critic = mlp(obs_dim, 1, gain=1.0)
+        nvec = envs.single_action_space.nvec
+        K, n = self.choices = len(nvec), int(nvec.max())
+        self.obs_dim = envs.single_observation_space.shape[0] - K * n
+        self.actor = mlp(self.obs_dim, K * n, gain=0.01)
+        self.critic = mlp(self.obs_dim, 1, gain=1.0)
 
     def forward(self, obs):
-        """obs float32 [*, obs_dim] -> distribution over actions [*], values [*]"""
-        policy = Categorical(logits=self.actor(obs), validate_args=False)
+        """obs float32 [*, obs_dim + mask] -> distribution over actions [*, K], values [*]"""
+        obs, mask = obs[..., : self.obs_dim], obs[..., self.obs_dim :]
+        logits = torch.where(mask > 0, self.actor(obs), -1e8)  # [X4] never chosen, no gradient
+        each = Categorical(logits=logits.unflatten(-1, self.choices), validate_args=False)
+        policy = Independent(each, 1, validate_args=False)  # [M1] sums over action components
         return policy, self.critic(obs).squeeze(-1)
 
     def rollout_policy(self, rng):
-        """The policy as it is now, a function obs [N, obs_dim] -> sampled actions [N].
+        """The policy as it is now, a function obs [N, obs_dim + mask] -> sampled actions [N, K].
 
         In numpy, on the CPU: a call of torch takes longer than such a small network itself.
         """
         w1, b1, w2, b2, w3, b3 = [x.detach().cpu().numpy().T for x in self.actor.parameters()]
 
         def act(obs):
+            obs, mask = obs[:, : self.obs_dim], obs[:, self.obs_dim :]
             logits = np.tanh(np.tanh(obs @ w1 + b1) @ w2 + b2) @ w3 + b3
-            return np.argmax(logits + rng.gumbel(size=logits.shape), axis=-1)  # ~ softmax(logits)
+            logits = np.where(mask > 0, logits, -1e8)  # [X4]
+            scores = logits + rng.gumbel(size=logits.shape)  # its argmax is ~ softmax(logits)
+            return scores.reshape(-1, *self.choices).argmax(-1)  # [M1]
 
         return act
 
@@ -191,33 +234,33 @@ def gae(rewards, values, next_values, dones, gamma, gae_lambda):
     next_values[t] is V(s_{t+1}): 0 if the episode terminated with action t, the value of its
     last observation if it was only cut off. All arrays [T, N] -> advantages [T, N]
     """
-    deltas = rewards + gamma * next_values - values
-    advantages = np.zeros_like(deltas)
-    advantage = np.zeros_like(deltas[0])
-    for t in reversed(range(len(deltas))):
-        advantage = deltas[t] + gamma * gae_lambda * (1.0 - dones[t]) * advantage
-        advantages[t] = advantage
+    advantages = rewards + gamma * next_values - values
+    for t in reversed(range(len(advantages) - 1)):
+        advantages[t] += gamma * gae_lambda * (1.0 - dones[t]) * advantages[t + 1]
     return advantages
 
 
-def ppo_loss(agent, minibatch, clip_coef, ent_coef, vf_coef, norm_adv, clip_vloss):
+def ppo_loss(agent, minibatch, clip_coef, ent_coef, kl_coef, vf_coef, norm_adv, clip_vloss):
     """The objective of [PPO] equation 9, negated.
 
         L = E[ min(r A, clip(r, 1 - eps, 1 + eps) A) - c1 (V - R)^2 / 2 + c2 S ]
 
     with r = pi(a|s) / pi_old(a|s). minibatch: obs [M, ...], actions [M, ...], and, each [M], log
-    pi_old(a|s), V_old(s), A and R. clip_coef (eps) and ent_coef (c2) are 0-d tensors, so that
-    annealing them never recompiles. -> loss [], dict of statistics [] without gradient
+    pi_old(a|s), V_old(s), A and R. clip_coef (eps), ent_coef (c2) and kl_coef (beta, if any)
+    are 0-d tensors, so that a new value never recompiles. -> loss [], dict of statistics []
     """
     obs, actions, logprobs, values, advantages, returns = minibatch
     policy, new_values = agent(obs)
     logratio = policy.log_prob(actions) - logprobs
     ratio = logratio.exp()
+    approx_kl = ((ratio - 1) - logratio).mean()  # k3 of joschu.net/blog/kl-approx.html
 
     if norm_adv:  # [C7] with the population's standard deviation, as numpy and [ppo2]
         advantages = (advantages - advantages.mean()) / (advantages.std(correction=0) + 1e-8)
     clipped_ratio = ratio.clamp(1 - clip_coef, 1 + clip_coef)
     policy_loss = -torch.min(ratio * advantages, clipped_ratio * advantages).mean()  # [C8]
+    if kl_coef is not None:  # [X5] equation 8 in its place
+        policy_loss = -(ratio * advantages).mean() + kl_coef * approx_kl
 
     value_losses = (new_values - returns) ** 2
     if clip_vloss:  # [C9] the worse of the two, so that clipping cannot hide an error
@@ -228,16 +271,15 @@ def ppo_loss(agent, minibatch, clip_coef, ent_coef, vf_coef, norm_adv, clip_vlos
     entropy = policy.entropy().mean()
     loss = policy_loss + vf_coef * value_loss - ent_coef * entropy  # [C10]
 
-    with torch.no_grad():
-        stats = {  # [C12] what to watch
-            "loss": loss,
-            "policy_loss": policy_loss,
-            "value_loss": value_loss,
-            "entropy": entropy,
-            "old_approx_kl": -logratio.mean(),  # k1 and k3 of joschu.net/blog/kl-approx.html
-            "approx_kl": ((ratio - 1) - logratio).mean(),
-            "clipfrac": ((ratio - 1).abs() > clip_coef).float().mean(),
-        }
+    stats = {  # [C12] what to watch
+        "loss": loss,
+        "policy_loss": policy_loss,
+        "value_loss": value_loss,
+        "entropy": entropy,
+        "old_approx_kl": -logratio.mean(),  # k1
+        "approx_kl": approx_kl,
+        "clipfrac": ((ratio - 1).abs() > clip_coef).float().mean(),
+    }
     return loss, {name: value.detach() for name, value in stats.items()}
 
 
@@ -262,12 +304,12 @@ def train(args: Args) -> Agent:
     device = torch.device("cuda" if torch.cuda.is_available() and args.cuda else "cpu")
     envs = make_envs(args)
     agent = Agent(envs).to(device)
-    lr = torch.tensor(args.learning_rate, device=device)
-    clip_coef, ent_coef = torch.tensor([args.clip_coef, args.ent_coef], device=device)
-    coefficients = (clip_coef, ent_coef, args.vf_coef, args.norm_adv, args.clip_vloss)
+    lr, clip_coef, ent_coef = torch.zeros(3, device=device)  # set in each iteration
+    kl_coef = None if args.penalty_kl is None else torch.ones((), device=device)
+    coefficients = (clip_coef, ent_coef, kl_coef, args.vf_coef, args.norm_adv, args.clip_vloss)
     gradient = compiled(ppo_gradient) if args.compile else ppo_gradient
     optimizer = torch.optim.Adam(agent.parameters(), lr=lr, eps=1e-5, fused=True)  # [C3]
-    saved = {"agent": agent, "optimizer": optimizer}  # what a checkpoint holds
+    saved = {"agent": agent, "optimizer": optimizer, "kl_coef": kl_coef}
 
     # rollout storage
     T, N, M = args.num_steps, args.num_envs, args.minibatch_size
@@ -281,8 +323,10 @@ def train(args: Args) -> Agent:
     obs[T], _ = envs.reset(seed=seeds.tolist())
     global_step = 0
     for iteration in range(1, args.num_iterations + 1):
-        if args.anneal_lr:
-            lr.fill_(args.learning_rate * (1 - (iteration - 1) / args.num_iterations))  # [C4]
+        remaining = 1 - (iteration - 1) / args.num_iterations
+        lr.fill_(args.learning_rate * (remaining if args.anneal_lr else 1))  # [C4]
+        clip_coef.fill_(args.clip_coef * (remaining if args.anneal_clip else 1))  # [X1]
+        ent_coef.fill_(args.ent_coef * (remaining if args.anneal_ent else 1))  # [X6]
 
         # rollout: T steps in each of the N environments
         obs[0] = obs[T]  # [C1] episodes go on from one rollout to the next
@@ -299,8 +343,7 @@ def train(args: Args) -> Agent:
             cut_off = truncated & ~terminated
             if args.bootstrap_truncation and cut_off.any():  # a time limit is not death
                 final_obs = torch.as_tensor(np.stack(info["final_obs"][cut_off]), device=device)
-                with torch.no_grad():
-                    final_values[t, cut_off] = agent(final_obs)[1].cpu().numpy()
+                final_values[t, cut_off] = agent(final_obs)[1].detach().cpu().numpy()
 
         # log-probabilities and values under the policy that acted, which is still the current one
         torch.set_num_threads(args.torch_threads)
@@ -325,14 +368,15 @@ def train(args: Args) -> Agent:
         batch += [torch.as_tensor(x, device=device).flatten() for x in (advantages, returns)]
         stats = []
         for _ in range(args.update_epochs):
-            shuffled = torch.randperm(args.batch_size, device=device)
-            for indices in shuffled.split(M):  # [C6]
+            for indices in torch.randperm(args.batch_size, device=device).split(M):  # [C6]
                 optimizer.zero_grad()
                 stats.append(gradient(agent, batch, indices, args.max_grad_norm, *coefficients))
                 optimizer.step()
-            kls = [s["approx_kl"] for s in stats[-args.num_minibatches :]]  # of this epoch
-            if args.target_kl is not None and sum(kls) / len(kls) > args.target_kl:  # [X3]
+            kl = torch.stack([s["approx_kl"] for s in stats[-args.num_minibatches :]]).mean()
+            if args.target_kl is not None and kl > args.target_kl:  # [X3]
                 break
+        if kl_coef is not None:  # [X5] beta grows after an epoch too far away, and the reverse
+            kl_coef *= 2 if kl > 1.5 * args.penalty_kl else 0.5 if kl < args.penalty_kl / 1.5 else 1
 
         # log
         means = {f"losses/{k}": torch.stack([s[k] for s in stats]).mean().item() for k in stats[0]}
@@ -340,7 +384,9 @@ def train(args: Args) -> Agent:
         run.check_finite(global_step, **means, weights=weights.item())
         errors, targets = (returns - values[:T]).var(), returns.var()  # [C12]
         means["losses/explained_variance"] = 1 - errors / targets if targets > 0 else np.nan
-        run.log_iteration(global_step, {"charts/learning_rate": lr.item()} | means)
+        charts = {"charts/learning_rate": lr, "charts/kl_coef": kl_coef}
+        charts = {name: value.item() for name, value in charts.items() if value is not None}
+        run.log_iteration(global_step, charts | means)
         if iteration % args.checkpoint_every == 0 or iteration == args.num_iterations:
             run.save_checkpoint(iteration, global_step, saved)
 
@@ -513,7 +559,8 @@ class Run:
     def save_checkpoint(self, iteration: int, global_step: int, saved: dict):
         """Atomic: whatever happens meanwhile, a complete checkpoint is there under its name."""
         data = {"args": dataclasses.asdict(self.args), "iteration": iteration}
-        data |= {"global_step": global_step, **{k: v.state_dict() for k, v in saved.items()}}
+        states = {k: v.state_dict() if hasattr(v, "state_dict") else v for k, v in saved.items()}
+        data |= {"global_step": global_step, **states}
         with open(self.folder / "checkpoint.tmp", "wb") as file:
             torch.save(data, file)
             file.flush()

@@ -76,11 +76,13 @@ class Task:
 
 # names, environment; N, T, minibatches, epochs; steps, long
 ATARI = ("ppo_atari.py", "ppo_atari.py", "BreakoutNoFrameskip-v4")
+LSTM = "ppo_atari_lstm.py"
 MUJOCO = ("ppo_continuous.py", "ppo_continuous_action.py", "HalfCheetah-v5")
 TASKS = [
     Task("ppo_discrete.py", "ppo.py", "CartPole-v1", 4, 128, 4, 4, 102_400, 512_000),
     Task(*MUJOCO, 1, 2048, 32, 10, 40_960, 204_800),
     Task(*ATARI, 8, 128, 4, 4, 12_288, 51_200),
+    Task(LSTM, LSTM, ATARI[2], 8, 128, 4, 4, 12_288, 51_200),
 ]
 
 
@@ -234,7 +236,7 @@ def commits_of(args: Args) -> dict[str, str]:
 
 def ours(task: Task, threads: str, commits: dict, precision: str = "fp32") -> Program:
     command = [ROOT / task.script, "--torch-threads", threads]
-    command += ["--precision", precision] if task.script == "ppo_atari.py" else []
+    command += ["--precision", precision] if "atari" in task.script else []
     return Program("ours", precision, threads, command, commits["ours"])
 
 
@@ -248,11 +250,11 @@ def programs(task: Task, args: Args, commits: dict) -> list[Program]:
     found = []
     for threads in ("1",) if args.quick else ("1", "default"):
         number = ALL if threads == "default" else threads
-        precisions = ("fp32", "bf16") if task.script == "ppo_atari.py" else ("fp32",)
+        precisions = ("fp32", "bf16") if "atari" in task.script else ("fp32",)
         found += [ours(task, number, commits, precision) for precision in precisions]
         if args.cleanrl:
             found.append(cleanrl(task, args, threads, commits))
-        if args.sb3:
+        if args.sb3 and task.script != LSTM:  # it has none
             command = [ROOT / "benchmarks" / "sb3_run.py", task.script]
             found.append(Program("SB3", "fp32", threads, command, commits["SB3"]))
         if args.leanrl and task.script == "ppo_continuous.py":
@@ -349,6 +351,8 @@ def measure_scaling(args: Args, tasks: list[Task], commits: dict, cache: str):
     """scaling.csv: ours over the environments, and the tenths of one long run, by threads."""
     rows = []
     for task in tasks:
+        if task.script == LSTM:
+            continue  # no minibatches of less than one environment
         sizes = [with_envs(task, n) for n in (SCALING_ENVS[:2] if args.quick else SCALING_ENVS)]
         if args.quick:
             sizes = [dataclasses.replace(size, steps=4 * size.batch_size) for size in sizes]
@@ -491,7 +495,7 @@ def speed_section(rows: list[dict]) -> list[str]:
         lines += table(titles, *body)
         if script == "ppo_atari.py":
             sizes = [
-                f"{x} {observation_mb(x, TASKS[-1]):.1f} MB" for x in ("ours", "CleanRL", "SB3")
+                f"{x} {observation_mb(x, TASKS[2]):.1f} MB" for x in ("ours", "CleanRL", "SB3")
             ]
             lines += ["", f"Observations of one rollout, from shape and type: {', '.join(sizes)}."]
         for (precision, threads), against in ratios(part).items():

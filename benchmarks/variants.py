@@ -47,8 +47,9 @@ TORCH_ACTS = {
         (
             "            logits = np.tanh(np.tanh(obs @ w1 + b1) @ w2 + b2) @ w3 + b3\n",
             "            with torch.inference_mode():\n"
-            "                logits = self.actor(torch.as_tensor(obs))\n"
-            "                return Categorical(logits=logits).sample().numpy()\n",
+            "                obs, mask = torch.as_tensor(obs), torch.as_tensor(mask)\n"
+            "                logits = torch.where(mask > 0, self.actor(obs), -1e8)\n"
+            "                return Categorical(logits=logits).sample()[:, None].numpy()\n",
         )
     ],
     "ppo_continuous.py": [
@@ -68,7 +69,7 @@ KEEP_MEMORY = [
     )
 ]
 COMPILED_STEP = [
-    ("optimizer.step()\n            kls", "step()\n            kls"),
+    ("optimizer.step()\n            kl = ", "step()\n            kl = "),
     ("    T, N, M = ", "    step = torch.compile(optimizer.step)\n    T, N, M = "),
 ]
 
@@ -100,6 +101,15 @@ class Args:
     only: str = ""  # script whose variants are measured; empty: of all
 
 
+def replaced(script: str, replacements: list[tuple[str, str]]) -> str:
+    """The text of a script with other lines."""
+    text = (ROOT / script).read_text()
+    for old, new in replacements:
+        assert text.count(old) == 1, f"{script}: {text.count(old)} times {old!r}"
+        text = text.replace(old, new)
+    return text
+
+
 def main(args: Args):
     commit, rows = commit_of(ROOT), []
     tasks = {task.script: task for task in TASKS}
@@ -107,11 +117,7 @@ def main(args: Args):
         for script, precision, name, replacements in VARIANTS:
             if args.only not in script:
                 continue
-            text = (ROOT / script).read_text()
-            for old, new in replacements:
-                if text.count(old) != 1:
-                    raise SystemExit(f"{script}, {name}: {text.count(old)} times {old!r}")
-                text = text.replace(old, new)
+            text = replaced(script, replacements)
             copy = Path(folder) / script
             copy.write_text(text)
             flags = ["--precision", precision] if precision else []

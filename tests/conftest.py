@@ -24,6 +24,7 @@ gym.register("Scripted-v0", "envs:Scripted")
 gym.register("ScriptedBox-v0", "envs:ScriptedBox")
 gym.register("Guess-v0", "envs:Guess")
 gym.register("GuessPicture-v0", "envs:GuessPicture")
+gym.register("MaskedGuess-v0", "envs:MaskedGuess")
 gym.register("Target-v0", "envs:Target")
 
 

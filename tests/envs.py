@@ -82,3 +82,68 @@ class Target(gym.Env):
 
     def step(self, action):
         return self.target.copy(), -float(((action - self.target) ** 2).sum()), True, False, {}
+
+
+class Choices(gym.Env):
+    """Takes any discrete action there is and says which choices are valid, then and only then.
+
+    `masks` are those of one observation after the other, over and over, flat or in a tuple; the
+    observation is the number of the mask. `actions` keeps what the environment was given.
+    """
+
+    observation_space = gym.spaces.Box(0.0, 1e9, (2,), np.float64)
+
+    def __init__(self, nvec=(2, 3), start=None, masks=None, by_method=False, length=3):
+        self.action_space = gym.spaces.MultiDiscrete(nvec, start=start)
+        self.masks, self.by_method, self.length = masks, by_method, length
+        self.seen, self.actions = -1, []
+        if masks is not None and by_method:
+            self.action_masks = self.mask
+
+    def mask(self):
+        return self.masks[self.seen % len(self.masks)]
+
+    def observe(self):
+        self.seen, self.t = self.seen + 1, self.t + 1
+        info = {} if self.masks is None or self.by_method else {"action_mask": self.mask()}
+        return np.array([self.seen, self.t], np.float64), info
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.t = -1
+        return self.observe()
+
+    def step(self, action):
+        self.actions.append(action)
+        assert self.action_space.contains(action)
+        if self.masks is not None:
+            valid = np.concatenate(self.mask()) if isinstance(self.mask(), tuple) else self.mask()
+            firsts = np.cumsum([0, *self.action_space.nvec[:-1]])
+            assert np.all(valid[firsts + action]), "not valid"
+        obs, info = self.observe()
+        return obs, 1.0, self.t == self.length, False, info
+
+
+class MaskedGuess(Guess):
+    """Names are two syllables out of 12; only those of four names are valid, others every time."""
+
+    action_space = gym.spaces.MultiDiscrete((12, 12))
+    names = np.array([(0, 7), (3, 2), (5, 11), (8, 1)])
+
+    def reset(self, *, seed=None, options=None):
+        obs, info = super().reset(seed=seed)
+        return obs, info | {"action_mask": self.mask()}
+
+    def mask(self):
+        """The two syllables of the answer and two others for each place."""
+        valid = np.zeros((2, 12), np.int8)
+        for place, syllable in enumerate(self.names[self.answer]):
+            valid[place, syllable] = 1
+            valid[place, self.np_random.choice(12, 2, replace=False)] = 1
+        self.valid = valid
+        return valid.ravel()
+
+    def step(self, action):
+        assert self.valid[[0, 1], action].all(), "not valid"
+        right = (action == self.names[self.answer]).all()
+        return self.observation(), float(right), True, False, {"action_mask": self.mask()}

@@ -287,7 +287,7 @@ def test_whole_games_are_recorded_once_with_their_raw_score(end):
     """Two games of two lives each; the no-op after the life that is lost counts, too."""
     game = FakeGame()
     envs = gym.vector.SyncVectorEnv(
-        [lambda: ppo_atari.preprocess(game)],
+        [lambda: ppo_atari.AtariPreprocessing(game)],
         autoreset_mode=gym.vector.AutoresetMode.SAME_STEP,
     )
     envs.reset(seed=0)

@@ -10,6 +10,7 @@ from pathlib import Path
 import cleanrl_shim
 import pytest
 import speed
+import variants
 
 import make_performance
 
@@ -263,3 +264,10 @@ def test_curve_of_the_picture(tmp_path):
     expected = ([1, 2], [11, 50], [10, 40], [30, 60])
     assert make_performance.curve(rows, "s", "num_envs", threads=1) == expected
     assert make_performance.curve(rows, "s", "steps", threads=1) == ([512], [2000], [2000], [2000])
+
+
+@pytest.mark.parametrize(("script", "precision", "name", "replacements"), variants.VARIANTS)
+def test_variants_are_other_programs(script, precision, name, replacements):
+    text = variants.replaced(script, replacements)
+    assert text != (variants.ROOT / script).read_text()
+    compile(text, script, "exec")

@@ -30,16 +30,17 @@ def compiling(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("script", "backend", "precision"),
+    ("script", "backend", "precision", "penalty"),
     [
-        (ppo_discrete, "aot_eager", ()),
-        (ppo_continuous, "aot_eager", ()),
-        (ppo_atari, "aot_eager", ()),
-        (ppo_atari, "aot_eager", ("bf16",)),
-        (ppo_continuous, "inductor", ()),
+        (ppo_discrete, "aot_eager", (), False),
+        (ppo_discrete, "aot_eager", (), True),
+        (ppo_continuous, "aot_eager", (), False),
+        (ppo_atari, "aot_eager", (), False),
+        (ppo_atari, "aot_eager", ("bf16",), False),
+        (ppo_continuous, "inductor", (), False),
     ],
 )
-def test_gradient_compiles_whole_and_only_once(script, backend, precision):
+def test_gradient_compiles_whole_and_only_once(script, backend, precision, penalty):
     """Iterations with annealed coefficients, statistics and gradients as without compiling.
 
     The coefficients are filled in place in the first three iterations and new ones in the last.
@@ -51,12 +52,13 @@ def test_gradient_compiles_whole_and_only_once(script, backend, precision):
     fast = torch.compile(script.ppo_gradient, fullgraph=True, backend=backend)
     obs = torch.randint(0, 256, (24, *envs.single_observation_space.shape))
     obs = obs.to(torch.uint8) if script is ppo_atari else obs / 128 - 1
-    coefficients = torch.tensor([0.2, 0.01]).unbind()
+    coefficients = torch.tensor([0.2, 0.01, 1.0]).unbind()
     for remaining in (1.0, 0.5, 0.1, 0.05):
         if remaining == 0.05:
-            coefficients = (torch.tensor(0.01), torch.tensor(0.0005))
+            coefficients = (torch.tensor(0.01), torch.tensor(0.0005), torch.tensor(3.0))
         coefficients[0].fill_(0.2 * remaining)
         coefficients[1].fill_(0.01 * remaining)
+        annealed = coefficients if penalty else (*coefficients[:2], None)
         with torch.no_grad():
             policy, values = agent(obs)
             actions = policy.sample()
@@ -67,7 +69,7 @@ def test_gradient_compiles_whole_and_only_once(script, backend, precision):
         for gradient in (script.ppo_gradient, fast):
             agent.zero_grad()
             with torch._dynamo.config.patch(trace_autograd_ops=True):
-                stats = gradient(agent, batch, indices, 0.1, *coefficients, 0.5, True, True)
+                stats = gradient(agent, batch, indices, 0.1, *annealed, 0.5, True, True)
             assert not any(value.requires_grad for value in stats.values())
             assert stats["grad_norm"] > 0.1  # there was something to clip
             results.append(stats | {name: p.grad for name, p in agent.named_parameters()})

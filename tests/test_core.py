@@ -1,16 +1,18 @@
-"""The core details C1 to C13 and X3, by their numbers.
+"""The core details C1 to C13 and the options X1, X3, X5 and X6, by their numbers.
 
 The algorithm and the training loop are the same text in all three scripts (test_text.py), so most
 of these tests look at one script only.
 """
 
 import types
+from pathlib import Path
 
 import gymnasium as gym
 import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.distributions import Categorical
 
 import conftest
 import ppo_atari
@@ -42,6 +44,7 @@ def loss_of(
     returns=0.0,
     clip_coef=0.2,
     ent_coef=0.0,
+    kl_coef=None,
     vf_coef=0.0,
     norm_adv=False,
     clip_vloss=True,
@@ -58,6 +61,7 @@ def loss_of(
         (*minibatch, advantages, returns),
         torch.tensor(clip_coef),
         torch.tensor(ent_coef),
+        None if kl_coef is None else torch.tensor(kl_coef),
         vf_coef,
         norm_adv,
         clip_vloss,
@@ -102,7 +106,7 @@ def test_c1_rollouts_are_consecutive_pieces_of_the_same_episodes(monkeypatch):
         update_epochs=1,
         total_timesteps=12,
     )
-    observations = [sorted(args[1][0].tolist()) for args, _ in losses]
+    observations = [sorted(args[1][0][:, :2].tolist()) for args, _ in losses]
     assert observations[0] == [[0, 0], [0, 1], [0, 2], [0, 3]]
     assert observations[1] == [[0, 4], [1, 0], [1, 1], [1, 2]]
     assert observations[2] == [[1, 3], [1, 4], [2, 0], [2, 1]]
@@ -125,9 +129,10 @@ def test_c2_weights_are_orthogonal_and_biases_zero(script):
         assert torch.allclose(weight @ weight.T, expected, atol=1e-5 * gain**2), name
         assert (layer.bias == 0).all(), name
     if script is not ppo_continuous:
-        obs = torch.randint(0, 255, (8, *envs.single_observation_space.shape)) / 255
+        obs = torch.as_tensor(observations(script, envs, 8))
         entropies = agent(obs)[0].entropy()
-        assert (entropies - np.log(envs.single_action_space.n)).abs().max() < 1e-3
+        choices = 2 if script is ppo_discrete else 4  # of CartPole and Breakout
+        assert (entropies - np.log(choices)).abs().max() < 1e-3
 
 
 def test_c3_adam_takes_a_first_step_of_one_half_on_a_gradient_of_1e_5(monkeypatch):
@@ -391,13 +396,13 @@ def test_c10_total_loss():
 def test_c10_the_bonus_makes_a_peaked_policy_less_peaked():
     agent, _ = small_agent(ppo_discrete)
     agent.actor[-1].bias.data[0] = 3.0
-    obs = torch.zeros(4, 4)
+    obs = torch.as_tensor([[0.0, 0.0, 0.0, 0.0, 1.0, 1.0]] * 4)
     policy, values = agent(obs)
     before = policy.entropy().mean().item()
-    actions = torch.zeros(4, dtype=torch.int64)
+    actions = torch.zeros(4, 1, dtype=torch.int64)
     zero, values = torch.zeros(4), values.detach()
     minibatch = (obs, actions, policy.log_prob(actions).detach(), values, zero, values)
-    coefficients = (torch.tensor(0.2), torch.tensor(0.01), 0.0, False, True)
+    coefficients = (torch.tensor(0.2), torch.tensor(0.01), None, 0.0, False, True)
     ppo_discrete.ppo_loss(agent, minibatch, *coefficients)[0].backward()
     torch.optim.SGD(agent.actor.parameters(), lr=1.0).step()
     assert agent(obs)[0].entropy().mean().item() > before
@@ -462,6 +467,40 @@ def test_c13_policy_and_value_function_are_separate(script, parameters):
     assert [agent.actor[i].out_features for i in (0, 2)] == [64, 64]
 
 
+def spy_coefficients(monkeypatch):
+    """What ppo_loss got with each minibatch: clip_coef, ent_coef, kl_coef as numbers, or None."""
+    seen, original = [], ppo_discrete.ppo_loss
+
+    def ppo_loss(agent, minibatch, *coefficients):
+        seen.append([None if x is None else x.item() for x in coefficients[:3]])
+        return original(agent, minibatch, *coefficients)
+
+    monkeypatch.setattr(ppo_discrete, "ppo_loss", ppo_loss)
+    return seen
+
+
+ANNEALED = [0.2, 0.15, 0.1, 0.05]  # of 4 iterations: never zero
+
+
+@pytest.mark.parametrize("flag", [None, "anneal_lr", "anneal_clip", "anneal_ent"])
+def test_x1_clip_range_falls_with_its_flag_only_once_an_iteration(monkeypatch, flag):
+    falls_linearly(monkeypatch, flag, "anneal_clip", 0, clip_coef=0.2)
+
+
+@pytest.mark.parametrize("flag", [None, "anneal_lr", "anneal_clip", "anneal_ent"])
+def test_x6_entropy_bonus_falls_with_its_flag_only_once_an_iteration(monkeypatch, flag):
+    falls_linearly(monkeypatch, flag, "anneal_ent", 1, ent_coef=0.2)
+
+
+def falls_linearly(monkeypatch, flag, own_flag, position, **start):
+    """A coefficient that starts at 0.2, in training with one of the flags or with none."""
+    seen = spy_coefficients(monkeypatch)
+    flags = {"anneal_lr": False} | ({flag: True} if flag else {})
+    conftest.train(ppo_discrete, total_timesteps=4 * 32, update_epochs=2, **flags, **start)
+    expected = ANNEALED if flag == own_flag else [0.2] * 4
+    assert [x[position] for x in seen] == pytest.approx(np.repeat(expected, 4).tolist())
+
+
 @pytest.mark.parametrize(("target_kl", "epochs"), [(None, 5), (1e-9, 1), (1e9, 5)])
 def test_x3_update_ends_after_an_epoch_above_the_target(monkeypatch, target_kl, epochs):
     steps = spy_steps(monkeypatch)
@@ -490,6 +529,62 @@ def test_x3_looks_at_the_mean_of_each_epoch(monkeypatch, kls, epochs):
     monkeypatch.setattr(ppo_discrete, "ppo_loss", ppo_loss)
     conftest.train(ppo_discrete, target_kl=0.06, update_epochs=3, total_timesteps=32)
     assert len(calls) == 2 * epochs
+
+
+@pytest.mark.parametrize(("advantage", "ratio"), [(1, 1.5), (1, 0.5), (-1, 1.5), (-1, 0.5)])
+def test_x5_the_penalty_takes_the_place_of_clipping(advantage, ratio):
+    """beta times k3 is paid and the surrogate has a gradient everywhere."""
+    agent = FakePolicy([np.log(ratio)], [0.0])
+    loss, stats = loss_of(agent, advantages=advantage, kl_coef=3.0)
+    kl = (ratio - 1) - np.log(ratio)
+    assert stats["approx_kl"] == pytest.approx(kl)
+    assert loss == stats["policy_loss"] == pytest.approx(-advantage * ratio + 3 * kl)
+    gradient = agent.logprobs.grad.item()
+    assert gradient == pytest.approx(-advantage * ratio + 3 * (ratio - 1), abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("kls", "betas"),
+    [
+        ([0.16, 0.16, 0.14], [1, 2, 4, 4]),
+        ([0.06, 0.06, 0.07], [1, 0.5, 0.25, 0.25]),
+        ([0.5, 0.01, 0.1], [1, 2, 1, 1]),
+    ],
+)
+def test_x5_beta_follows_the_kl_of_the_last_epoch(monkeypatch, kls, betas):
+    """Target 0.1: it doubles above 0.15 and is halved below 0.067, once an iteration."""
+    seen, original = spy_coefficients(monkeypatch), ppo_discrete.ppo_loss
+
+    def ppo_loss(*args):
+        loss, stats = original(*args)
+        iteration, minibatch = divmod(len(seen) - 1, 4)
+        last = {2: 0.5 * kls[iteration], 3: 1.5 * kls[iteration]}  # two minibatches
+        stats["approx_kl"] = torch.tensor(last.get(minibatch, 0.1))
+        return loss, stats
+
+    monkeypatch.setattr(ppo_discrete, "ppo_loss", ppo_loss)
+    conftest.train(ppo_discrete, penalty_kl=0.1, update_epochs=2, total_timesteps=3 * 32)
+    assert [x[2] for x in seen] == np.repeat(betas[:3], 4).tolist()
+    logged = [value for _, _, name, value in metrics() if name == "charts/kl_coef"]
+    assert logged == betas[1:]
+    (path,) = Path("runs").glob("*/checkpoint.pt")
+    assert torch.load(path, weights_only=True)["kl_coef"].item() == betas[3]
+
+
+def test_x5_off_by_default(monkeypatch):
+    seen = spy_coefficients(monkeypatch)
+    conftest.train(ppo_discrete)
+    assert {x[2] for x in seen} == {None}
+    assert not [name for _, _, name, _ in metrics() if name == "charts/kl_coef"]
+
+
+def test_x5_keeps_the_kl_near_the_target():
+    """Seeds 1 to 5 have medians of 0.012 to 0.019, and clipped at 0.2 one of 0.005."""
+    loop = {"num_steps": 128, "num_envs": 4, "num_minibatches": 4, "update_epochs": 10}
+    loop |= {"learning_rate": 2.5e-3, "anneal_lr": False, "total_timesteps": 20 * 512}
+    conftest.train(ppo_discrete, env_id="CartPole-v1", penalty_kl=0.02, **loop)
+    kls = [value for _, _, name, value in metrics() if name == "losses/approx_kl"]
+    assert 0.009 < np.median(kls[-10:]) < 0.03
 
 
 @pytest.mark.parametrize(
@@ -524,12 +619,24 @@ def test_first_minibatch_of_every_rollout_is_on_policy(monkeypatch, script, chan
 
 
 def observations(script, envs, count):
-    """Random vectors, or pictures of black and white quarters."""
+    """Random vectors, every choice valid, or pictures of black and white quarters."""
     rng = np.random.default_rng(0)
     if script is ppo_atari:
         quarters = rng.choice(np.array([0, 255], np.uint8), (count, 2, 2, 4))
         return quarters.repeat(42, axis=1).repeat(42, axis=2)
-    return rng.normal(size=(count, *envs.single_observation_space.shape)).astype(np.float32)
+    obs = rng.normal(size=(count, *envs.single_observation_space.shape)).astype(np.float32)
+    if script is ppo_discrete:
+        obs[:, -envs.single_action_space.nvec[0] :] = 1.0
+    return obs
+
+
+def categorical(policy):
+    """The distribution of an action's only component."""
+    return (
+        Categorical(logits=policy.base_dist.logits[:, 0])
+        if hasattr(policy, "base_dist")
+        else policy
+    )
 
 
 def test_rollout_policy_samples_from_the_distribution_of_forward(script):
@@ -543,7 +650,7 @@ def test_rollout_policy_samples_from_the_distribution_of_forward(script):
     *_, bias = agent.actor.parameters()
     with torch.no_grad():
         policy, _ = agent(torch.as_tensor(obs))
-        outputs = policy.mean if script is ppo_continuous else policy.logits
+        outputs = policy.mean if script is ppo_continuous else categorical(policy).logits
         bias -= outputs.mean(0)  # so that no action is the likeliest for all
         obs = obs[outputs[:, 0].argsort()[[0, 33, 66, 99]]]
         policy, _ = agent(torch.as_tensor(obs))
@@ -558,10 +665,12 @@ def test_rollout_policy_samples_from_the_distribution_of_forward(script):
             correlation = torch.corrcoef(one.T) - torch.eye(one.shape[1])
             assert correlation.abs().max() < 5 / draws**0.5
     else:  # chi-squared
-        assert torch.pdist(policy.probs, torch.inf).min() > 0.09
-        frequencies = nn.functional.one_hot(actions, policy.probs.shape[1]).float().mean(0)
-        chi2 = draws * ((frequencies - policy.probs) ** 2 / policy.probs).sum()
-        freedom = policy.probs.numel() - len(policy.probs)
+        probs = categorical(policy).probs
+        assert torch.pdist(probs, torch.inf).min() > 0.09
+        actions = actions.view(draws, 4)
+        frequencies = nn.functional.one_hot(actions, probs.shape[1]).float().mean(0)
+        chi2 = draws * ((frequencies - probs) ** 2 / probs).sum()
+        freedom = probs.numel() - len(probs)
         assert chi2 < freedom + 5 * (2 * freedom) ** 0.5
 
 

@@ -155,11 +155,15 @@ def sub_envs(seen):
 def test_any_observation_becomes_one_float32_vector(script, seen, name):
     train(script, env_id=f"{script.__name__}/Sees{name}-v0")
     space = OBSERVATIONS[name]
-    (size,) = seen.envs[0].single_observation_space.shape
-    assert size == gym.spaces.flatdim(space)
+    size = gym.spaces.flatdim(space)
+    (columns,) = seen.envs[0].single_observation_space.shape
+    assert columns == size + 2 * (
+        script is ppo_discrete
+    )  # behind it which of two actions are valid
     for i, env in enumerate(sub_envs(seen)):
         expected = [np.float32(gym.spaces.flatten(space, x)) for x in env.shown[:32]]
-        np.testing.assert_array_equal([obs[i] for obs in seen.obs], expected)
+        np.testing.assert_array_equal([obs[i, :size] for obs in seen.obs], expected)
+        assert all((obs[i, size:] == 1).all() for obs in seen.obs)
     assert {x.shape[1:] for x in seen.inputs} == {(size,)}
     # the final observations of the episodes that a time limit cut off
     cut_off = np.float32([gym.spaces.flatten(space, x) for x in env.final[::2]])
@@ -185,10 +189,10 @@ def test_networks_only_ever_see_float32(script, seen, name):
 def test_discrete_actions_are_counted_from_the_first_of_the_environment(script, seen, name):
     train(script, env_id=f"Takes{name}-v0")
     space = NUMBERS[name]
-    assert seen.envs[0].single_action_space == Discrete(space.n)
+    assert seen.envs[0].single_action_space == MultiDiscrete([space.n])
     assert set(np.ravel(seen.actions)) == set(range(space.n))
     for i, env in enumerate(sub_envs(seen)):
-        assert env.actions == [action[i] + space.start for action in seen.actions]
+        assert env.actions == [action[i, 0] + space.start for action in seen.actions]
         assert all(isinstance(action, np.integer) for action in env.actions)
 
 
@@ -211,15 +215,16 @@ def test_continuous_actions_reach_the_environment_in_its_shape_and_bounds(script
 @pytest.mark.parametrize("vectorization", ["sync", "async"])
 @pytest.mark.parametrize("name", ["Two", "Pair", *OTHERS])
 def test_other_actions_are_refused_with_the_script_that_has_them(script, vectorization, name):
-    kind, other = {ppo_discrete: (Discrete, "continuous"), ppo_continuous: (Box, "discrete")}[
-        script
-    ]
+    kinds = {ppo_discrete: Discrete | MultiDiscrete, ppo_continuous: Box}[script]
+    kind, other = {ppo_discrete: (r"\(Multi\)Discrete", "continuous")}.get(
+        script, ("Box", "discrete")
+    )
     space = (NUMBERS | BOXES | OTHERS)[name]
     args = script.Args(env_id=f"Takes{name}-v0", vectorization=vectorization, num_envs=2)
-    if isinstance(space, kind):
+    if isinstance(space, kinds):
         script.make_envs(args).close()
     else:
-        with pytest.raises(gym.error.Error, match=f"not {kind.__name__}.*ppo_{other}.py") as error:
+        with pytest.raises(gym.error.Error, match=f"not {kind}.*ppo_{other}.py") as error:
             script.make_envs(args)
         assert str(space) in str(error.value)
 
@@ -236,7 +241,7 @@ def test_c1_environments_go_on_from_one_rollout_to_the_next(script, seen, num_en
     rollouts = 99 // (4 * num_envs)
     assert len(seen.obs) == 4 * rollouts
     for t, obs in enumerate(seen.obs):
-        assert obs.tolist() == [[0, t]] * num_envs
+        assert obs[:, :2].tolist() == [[0, t]] * num_envs
     assert [env.t for env in sub_envs(seen)] == [4 * rollouts] * num_envs
 
 
@@ -245,7 +250,7 @@ def test_an_episode_is_followed_by_the_first_observation_of_the_next(script, see
     train(script, env_id=f"{script.__name__}/Short-v0", num_steps=4)
     assert len(seen.obs) == 8
     for t, obs in enumerate(seen.obs):
-        assert obs.tolist() == [list(divmod(t, 3))] * 2  # (episode, step), never step 3
+        assert obs[:, :2].tolist() == [list(divmod(t, 3))] * 2  # (episode, step), never step 3
 
 
 def test_no_environment_seed_is_shared_between_runs(script, monkeypatch):
@@ -359,8 +364,8 @@ def test_last_observation_is_kept_when_an_environment_reuses_its_array(
     envs.step(actions)
     obs, *_, info = envs.step(actions)
     envs.close()
-    assert info["final_obs"][0].tolist() == [0, 2]
-    assert obs[0].tolist() == [1, 0]
+    assert info["final_obs"][0][:2].tolist() == [0, 2]
+    assert obs[0, :2].tolist() == [1, 0]
 
 
 def test_episodes_are_recorded_beside_those_an_environment_reports(script):

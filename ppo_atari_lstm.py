@@ -1,0 +1,631 @@
+"""Proximal Policy Optimization with memory for Atari games, the whole algorithm in one file.
+
+    python ppo_atari_lstm.py --env-id BreakoutNoFrameskip-v4 --seed 1
+
+The PPO of openai/baselines [ppo2] as described by "The 37 Implementation Details of PPO" [37].
+A tag such as [C5] marks the line that implements a detail; docs/details.md explains each.
+
+Notation, used without exception below
+    T = num_steps         steps per environment in a rollout
+    N = num_envs          environments stepped in parallel
+    B = T * N             transitions in a rollout, the batch
+    M = B / minibatches   transitions in a minibatch
+    values[t] = V(s_t)    dones[t] = 1 if the episode ended with action t
+    state = (h, c)        memory of the LSTM, float32 [1, N, 128] each
+
+Left out on purpose: several GPUs, TensorBoard.
+Added to [ppo2]: an episode cut off by a time limit is bootstrapped from its last observation.
+
+References
+    [PPO]   Schulman et al. 2017, Proximal Policy Optimization Algorithms, arXiv:1707.06347
+    [GAE]   Schulman et al. 2016, High-Dimensional Continuous Control Using GAE, arXiv:1506.02438
+    [37]    Huang et al. 2022, The 37 Implementation Details of PPO, ICLR Blog Track
+    [DQN]   Mnih et al. 2015, Human-level control through deep reinforcement learning, Nature 518
+    [LSTM]  Hochreiter and Schmidhuber 1997, Long Short-Term Memory, Neural Computation 9
+    [ppo2]  github.com/openai/baselines at commit ea25b9e
+"""
+
+# /// script
+# requires-python = ">=3.11"
+# dependencies = ["gymnasium[mujoco,atari,classic-control]==1.4.0", "numpy==2.4.6", "torch==2.13.0",
+#   "opencv-python-headless==5.0.0.93", "tqdm==4.70.1", "tyro==1.0.17", "wandb==0.31.0"]
+# ///
+
+import copy
+import dataclasses
+import difflib
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Literal
+
+import ale_py
+import cv2
+import gymnasium as gym
+import numpy as np
+import torch
+import tyro
+from torch import nn
+from torch.distributions import Categorical
+from tqdm import tqdm
+
+# ------------------------------------------------------------------------------------------------
+# Configuration
+
+
+@dataclasses.dataclass(frozen=True)
+class Args:
+    exp_name: str = Path(__file__).stem  # name of the experiment, part of the run's name
+    seed: int = 1  # seed of everything random
+    torch_deterministic: bool = True  # only deterministic cuDNN kernels
+    cuda: bool = True  # use the GPU if there is one
+    torch_threads: int = torch.get_num_threads()  # CPU threads of torch
+    precision: Literal["fp32", "bf16"] = "fp32"  # what the torso multiplies in
+    checkpoint_every: int = 100  # iterations between checkpoints
+    track: bool = False  # log to Weights & Biases, too
+    wandb_project_name: str = "ppo37"  # W&B project
+    wandb_entity: str | None = None  # W&B team; None: your own account
+
+    env_id: str = "BreakoutNoFrameskip-v4"  # Gymnasium id of the environment
+    total_timesteps: int = 10_000_000  # actions taken in total
+    vectorization: Literal["sync", "async"] = "async"  # one process, or one for each environment
+    num_envs: int = 8  # N, environments stepped in parallel [C1]
+    num_steps: int = 128  # T, steps per environment in a rollout
+    gamma: float = 0.99  # discount factor
+    gae_lambda: float = 0.95  # trades bias against variance of the advantages [C5]
+    bootstrap_truncation: bool = True  # count on V(last observation) after a time limit
+
+    update_epochs: int = 4  # passes over the batch per rollout
+    num_minibatches: int = 4  # minibatches per pass, each of whole environments [C6] [L4]
+    learning_rate: float = 2.5e-4  # step size of Adam at the start [C4]
+    anneal_lr: bool = True  # lower the learning rate linearly to zero [C4]
+    norm_adv: bool = True  # normalize advantages in each minibatch [C7]
+    clip_coef: float = 0.1  # epsilon, how far the policy may move per rollout [C8]
+    clip_vloss: bool = True  # clip the change of the value function by epsilon, too [C9]
+    ent_coef: float = 0.01  # c2, weight of the entropy bonus [C10]
+    vf_coef: float = 0.5  # c1, weight of the value loss [C10]
+    max_grad_norm: float = 0.5  # global norm the gradient is clipped to [C11]
+    anneal_clip: bool = False  # lower epsilon linearly to zero, too [X1]
+    target_kl: float | None = None  # end the update after an epoch with a larger KL [X3]
+    penalty_kl: float | None = None  # instead of clipping, penalize the KL to keep it near [X5]
+    anneal_ent: bool = False  # lower c2 linearly to zero, too [X6]
+
+    batch_size = property(lambda args: args.num_envs * args.num_steps)
+    minibatch_size = property(lambda args: args.batch_size // args.num_minibatches)
+    num_iterations = property(lambda args: args.total_timesteps // args.batch_size)
+
+
+# ------------------------------------------------------------------------------------------------
+# Environment
+
+
+class AtariPreprocessing(gym.Wrapper):
+    """Six Atari wrappers of [ppo2] common/atari_wrappers.py as one, in their order of effect.
+
+    Observation: uint8 [84, 84, 1], the last frame. Reward: -1, 0 or +1.
+    An episode is one life: `reset` goes on with the game until the game is over. The true score of
+    a whole game and its length in raw frames are in `info`, recorded innermost.
+    """
+
+    def __init__(self, env: gym.Env):
+        super().__init__(gym.wrappers.RecordEpisodeStatistics(env, stats_key="recorded"))
+        self.observation_space = gym.spaces.Box(0, 255, (84, 84, 1), np.uint8)
+        self.needs_fire = env.unwrapped.get_action_meanings()[1:2] == ["FIRE"]
+        self.screens = (None, None)  # the last two raw screens, uint8 [height, width, 3]
+        self.lives, self.game_over = 0, True
+
+    def reset(self, **kwargs):
+        info = self.start_life(**kwargs)
+        for action in (1, 2) if self.needs_fire else ():  # [A4] FIRE starts the ball
+            *_, terminated, truncated, info = self.play(action)
+            if terminated or truncated:
+                info = self.start_life(**kwargs)
+        return self.warp(), info
+
+    def step(self, action):
+        reward, terminated, truncated, info = self.play(action)
+        return self.warp(), np.sign(reward), terminated, truncated, info  # [A6]
+
+    def start_life(self, **kwargs):
+        if not self.game_over:  # [A3] a lost life continues the same game, one no-op later
+            *_, info = self.skip(0)
+        if self.game_over:
+            screen, info = self.env.reset(**kwargs)
+            for _ in range(self.unwrapped.np_random.integers(1, 31)):  # [A1] 1 to 30 no-ops
+                screen, _, terminated, truncated, info = self.env.step(0)
+                if terminated or truncated:
+                    screen, info = self.env.reset(**kwargs)
+            self.screens, self.game_over = (screen, screen), False
+        self.lives = self.unwrapped.ale.lives()
+        return info
+
+    def play(self, action):
+        reward, terminated, truncated, info = self.skip(action)
+        lives = self.unwrapped.ale.lives()
+        terminated = terminated or 0 < lives < self.lives  # [A3] a lost life ends the episode
+        self.lives = lives
+        return reward, terminated, truncated, info
+
+    def skip(self, action):
+        total_reward = 0.0
+        for _ in range(4):  # [A2] repeat the action four times, look at the last two screens
+            screen, reward, terminated, truncated, info = self.env.step(action)
+            self.screens = (self.screens[1], screen)
+            total_reward += reward
+            self.game_over = terminated or truncated
+            if self.game_over:
+                break
+        return total_reward, terminated, truncated, info
+
+    def warp(self):
+        screen = np.maximum(*self.screens)  # [A2] what flickers is on one of the two
+        screen = cv2.cvtColor(screen, cv2.COLOR_RGB2GRAY)  # [A5] grey
+        screen = cv2.resize(screen, (84, 84), interpolation=cv2.INTER_AREA)  # [A5] and small
+        return screen[:, :, None]
+
+
+def make_envs(args: Args) -> gym.vector.VectorEnv:
+    """N environments in lockstep; when one ends, it returns the first observation of the next."""
+    gym.register_envs(ale_py)
+    with gym.make(args.env_id) as game:
+        if not isinstance(game.unwrapped, ale_py.AtariEnv):
+            raise gym.error.Error("no Atari game; use ppo_discrete.py or ppo_continuous.py")
+    return gym.make_vec(
+        args.env_id,
+        num_envs=args.num_envs,  # [C1]
+        vectorization_mode=args.vectorization,
+        vector_kwargs={"autoreset_mode": gym.vector.AutoresetMode.SAME_STEP, "copy": False},
+        wrappers=[AtariPreprocessing],
+        frameskip=1,  # ours is [A2]
+    )
+
+
+# ------------------------------------------------------------------------------------------------
+# Policy and value function
+
+
+def layer_init(layer, gain=2**0.5):
+    """[C2] Orthogonal weights scaled by `gain`, zero bias."""
+    nn.init.orthogonal_(layer.weight, gain)
+    nn.init.zeros_(layer.bias)
+    return layer
+
+
+class Agent(nn.Module):
+    """The convolutional network of [DQN] and an LSTM, shared by policy and value function."""
+
+    def __init__(self, envs: gym.vector.VectorEnv, precision="fp32"):
+        super().__init__()
+        self.bf16 = precision == "bf16"
+        self.torso = nn.Sequential(  # [A8]
+            layer_init(nn.Conv2d(1, 32, kernel_size=8, stride=4)),  # [32, 20, 20]
+            nn.ReLU(),
+            layer_init(nn.Conv2d(32, 64, kernel_size=4, stride=2)),  # [64, 9, 9]
+            nn.ReLU(),
+            layer_init(nn.Conv2d(64, 64, kernel_size=3, stride=1)),  # [64, 7, 7]
+            nn.ReLU(),
+            nn.Flatten(),
+            layer_init(nn.Linear(64 * 7 * 7, 512)),
+            nn.ReLU(),
+        )
+        self.lstm = nn.LSTM(512, 128)
+        for name, parameter in self.lstm.named_parameters():  # [L1]
+            nn.init.orthogonal_(parameter) if "weight" in name else nn.init.zeros_(parameter)
+        self.actor = layer_init(nn.Linear(128, envs.single_action_space.n), gain=0.01)
+        self.critic = layer_init(nn.Linear(128, 1), gain=1.0)
+        self.to(memory_format=torch.channels_last)  # as the frames lie in memory
+
+    def forward(self, obs, starts, state):
+        """obs uint8 [t, n, 84, 84, 1], starts [t, n] 1 where an episode starts, state before obs[0]
+        -> distribution over actions [t, n], values [t, n], state after obs[t - 1]
+        """
+        with torch.autocast(obs.device.type, torch.bfloat16, enabled=self.bf16):
+            hidden = self.torso(obs.flatten(0, 1).permute(0, 3, 1, 2) / 255.0).float()  # [A9]
+        hidden = hidden.unflatten(0, obs.shape[:2])
+        cuts = (1 + starts[1:].any(dim=1).nonzero().flatten()).tolist()  # the LSTM runs in between
+        outputs = []
+        for x, start in zip(hidden.tensor_split(cuts), starts.tensor_split(cuts), strict=True):
+            state = [memory * (1.0 - start[0, :, None]) for memory in state]  # [L3]
+            output, state = self.lstm(x, state)
+            outputs.append(output)
+        hidden = torch.cat(outputs)
+        policy = Categorical(logits=self.actor(hidden), validate_args=False)
+        return policy, self.critic(hidden).squeeze(-1), state
+
+    def rollout_policy(self, rng):
+        """The policy as it is now, a function obs [N, 84, 84, 1], starts [N], state
+        -> sampled actions [N], state after obs
+        """
+        frozen = copy.deepcopy(self)
+        frozen.torso.to(torch.bfloat16 if self.bf16 else torch.float32)  # cast once, not every time
+
+        def act(obs, starts, state):
+            inputs = [torch.as_tensor(x[None], device=state[0].device) for x in (obs, starts)]
+            with torch.no_grad():
+                policy, _, state = frozen(*inputs, state)
+            logits = policy.logits[0].cpu().numpy()
+            scores = logits + rng.gumbel(size=logits.shape)  # its argmax is ~ softmax(logits)
+            return np.argmax(scores, axis=-1), state
+
+        return act
+
+
+# ------------------------------------------------------------------------------------------------
+# The algorithm
+
+
+def gae(rewards, values, next_values, dones, gamma, gae_lambda):
+    """[C5] Generalized advantage estimation, [PPO] equations 11 and 12, run backwards.
+
+        delta_t = r_t + gamma V(s_{t+1}) - V(s_t)
+        A_t     = delta_t + gamma lambda A_{t+1}, with A_{t+1} = 0 where the episode ended
+
+    next_values[t] is V(s_{t+1}): 0 if the episode terminated with action t, the value of its
+    last observation if it was only cut off. All arrays [T, N] -> advantages [T, N]
+    """
+    advantages = rewards + gamma * next_values - values
+    for t in reversed(range(len(advantages) - 1)):
+        advantages[t] += gamma * gae_lambda * (1.0 - dones[t]) * advantages[t + 1]
+    return advantages
+
+
+def ppo_loss(agent, minibatch, clip_coef, ent_coef, kl_coef, vf_coef, norm_adv, clip_vloss):
+    """The objective of [PPO] equation 9, negated.
+
+        L = E[ min(r A, clip(r, 1 - eps, 1 + eps) A) - c1 (V - R)^2 / 2 + c2 S ]
+
+    with r = pi(a|s) / pi_old(a|s). minibatch: obs [T, n, ...], starts [T, n], h and c before obs[0]
+    [1, n, 128], and, each [T, n], actions, log pi_old(a|s), V_old(s), A and R. clip_coef (eps),
+    ent_coef (c2) and kl_coef (beta, if any) are 0-d tensors, so that a new value never recompiles.
+    -> loss [], dict of statistics []
+    """
+    obs, starts, h, c, actions, logprobs, values, advantages, returns = minibatch
+    policy, new_values, _ = agent(obs, starts, (h, c))  # [L5]
+    logratio = policy.log_prob(actions) - logprobs
+    ratio = logratio.exp()
+    approx_kl = ((ratio - 1) - logratio).mean()  # k3 of joschu.net/blog/kl-approx.html
+
+    if norm_adv:  # [C7] with the population's standard deviation, as numpy and [ppo2]
+        advantages = (advantages - advantages.mean()) / (advantages.std(correction=0) + 1e-8)
+    clipped_ratio = ratio.clamp(1 - clip_coef, 1 + clip_coef)
+    policy_loss = -torch.min(ratio * advantages, clipped_ratio * advantages).mean()  # [C8]
+    if kl_coef is not None:  # [X5] equation 8 in its place
+        policy_loss = -(ratio * advantages).mean() + kl_coef * approx_kl
+
+    value_losses = (new_values - returns) ** 2
+    if clip_vloss:  # [C9] the worse of the two, so that clipping cannot hide an error
+        clipped_values = values + (new_values - values).clamp(-clip_coef, clip_coef)
+        value_losses = torch.max(value_losses, (clipped_values - returns) ** 2)
+    value_loss = 0.5 * value_losses.mean()
+
+    entropy = policy.entropy().mean()
+    loss = policy_loss + vf_coef * value_loss - ent_coef * entropy  # [C10]
+
+    stats = {  # [C12] what to watch
+        "loss": loss,
+        "policy_loss": policy_loss,
+        "value_loss": value_loss,
+        "entropy": entropy,
+        "old_approx_kl": -logratio.mean(),  # k1
+        "approx_kl": approx_kl,
+        "clipfrac": ((ratio - 1).abs() > clip_coef).float().mean(),
+    }
+    return loss, {name: value.detach() for name, value in stats.items()}
+
+
+def ppo_gradient(agent, batch, indices, max_grad_norm, *coefficients):
+    """Leave the clipped gradient of ppo_loss for environments `indices` in the parameters."""
+    loss, stats = ppo_loss(agent, [x[:, indices] for x in batch], *coefficients)  # [L4]
+    loss.backward()
+    norm = nn.utils.clip_grad_norm_(agent.parameters(), max_grad_norm)  # [C11]
+    return stats | {"grad_norm": norm}
+
+
+# ------------------------------------------------------------------------------------------------
+# Training
+
+
+def train(args: Args) -> Agent:
+    """Learn `args.env_id`, leave a folder under runs/ behind, return the trained agent."""
+    # setup
+    torch.manual_seed(args.seed)
+    rng = np.random.default_rng(args.seed)
+    torch.backends.cudnn.deterministic = args.torch_deterministic
+    device = torch.device("cuda" if torch.cuda.is_available() and args.cuda else "cpu")
+    envs = make_envs(args)
+    agent = Agent(envs, args.precision).to(device)
+    lr, clip_coef, ent_coef = torch.zeros(3, device=device)  # set in each iteration
+    kl_coef = None if args.penalty_kl is None else torch.ones((), device=device)
+    coefficients = (clip_coef, ent_coef, kl_coef, args.vf_coef, args.norm_adv, args.clip_vloss)
+    optimizer = torch.optim.Adam(agent.parameters(), lr=lr, eps=1e-5, fused=True)  # [C3]
+    saved = {"agent": agent, "optimizer": optimizer, "kl_coef": kl_coef}
+
+    # rollout storage
+    T, N, n = args.num_steps, args.num_envs, args.num_envs // args.num_minibatches
+    obs_space, action_space = envs.single_observation_space, envs.single_action_space
+    obs = np.zeros((T + 1, N, *obs_space.shape), obs_space.dtype)
+    actions = np.zeros((T + 1, N, *action_space.shape), action_space.dtype)  # none in s_T
+    rewards, final_values = np.zeros((2, T, N), np.float32)
+    starts = np.ones((T + 1, N), np.float32)  # 1 if an episode starts with observation t
+    dones = starts[1:]
+    state = torch.zeros(2, 1, N, 128, device=device).unbind()  # [L2]
+
+    run = Run(args, device)
+    seeds = np.random.SeedSequence([args.seed, 0, 0]).generate_state(N)  # [seed, rank, iteration]
+    obs[T], _ = envs.reset(seed=seeds.tolist())
+    global_step = 0
+    for iteration in range(1, args.num_iterations + 1):
+        remaining = 1 - (iteration - 1) / args.num_iterations
+        lr.fill_(args.learning_rate * (remaining if args.anneal_lr else 1))  # [C4]
+        clip_coef.fill_(args.clip_coef * (remaining if args.anneal_clip else 1))  # [X1]
+        ent_coef.fill_(args.ent_coef * (remaining if args.anneal_ent else 1))  # [X6]
+
+        # rollout: T steps in each of the N environments
+        obs[0], starts[0] = obs[T], starts[T]  # [C1] episodes go on from one rollout to the next
+        first_state = state  # [L5]
+        final_values[:] = 0.0
+        torch.set_num_threads(1)  # the other cores belong to the environments
+        act = agent.rollout_policy(rng)
+        for t in range(T):
+            run.check_finite(global_step, observations=obs[t])
+            actions[t], state = act(obs[t], starts[t], state)
+            obs[t + 1], rewards[t], terminated, truncated, info = envs.step(actions[t])
+            dones[t] = terminated | truncated
+            global_step += N
+            run.log_episodes(global_step, info)
+            cut_off = truncated & ~terminated
+            if args.bootstrap_truncation and cut_off.any():  # a time limit is not death
+                final_obs = torch.as_tensor(np.stack(info["final_obs"][cut_off]), device=device)
+                no_starts = torch.zeros(1, len(final_obs), device=device)
+                memory = [x[:, cut_off] for x in state]
+                _, last_values, _ = agent(final_obs[None], no_starts, memory)
+                final_values[t, cut_off] = last_values[0].detach().cpu().numpy()
+
+        # log-probabilities and values under the policy that acted, which is still the current one
+        torch.set_num_threads(args.torch_threads)
+        inputs = [torch.as_tensor(x, device=device) for x in (obs, starts, *first_state, actions)]
+        outputs = []
+        with torch.no_grad():
+            for o, s, h, c, a in zip(*[x.split(n, dim=1) for x in inputs], strict=True):
+                policy, new_values, _ = agent(o, s, (h, c))
+                outputs.append((policy.log_prob(a), new_values))
+        batch_logprobs, batch_values = [torch.cat(x, dim=1) for x in zip(*outputs, strict=True)]
+        values = batch_values.cpu().numpy()
+
+        # advantages and value targets
+        run.check_finite(global_step, rewards=rewards, values=values, final_values=final_values)
+        next_values = np.where(dones, final_values, values[1:])
+        advantages = gae(rewards, values[:T], next_values, dones, args.gamma, args.gae_lambda)
+        returns = advantages + values[:T]
+        run.check_finite(global_step, advantages=advantages)
+
+        # update: several epochs of minibatches drawn without replacement
+        batch = [x[:T] for x in (*inputs, batch_logprobs, batch_values)]
+        batch += [torch.as_tensor(x, device=device) for x in (advantages, returns)]
+        stats = []
+        for _ in range(args.update_epochs):
+            for indices in torch.randperm(N, device=device).split(n):  # [C6] [L4]
+                optimizer.zero_grad()
+                stats.append(ppo_gradient(agent, batch, indices, args.max_grad_norm, *coefficients))
+                optimizer.step()
+            kl = torch.stack([s["approx_kl"] for s in stats[-args.num_minibatches :]]).mean()
+            if args.target_kl is not None and kl > args.target_kl:  # [X3]
+                break
+        if kl_coef is not None:  # [X5] beta grows after an epoch too far away, and the reverse
+            kl_coef *= 2 if kl > 1.5 * args.penalty_kl else 0.5 if kl < args.penalty_kl / 1.5 else 1
+
+        # log
+        means = {f"losses/{k}": torch.stack([s[k] for s in stats]).mean().item() for k in stats[0]}
+        weights = nn.utils.get_total_norm(agent.parameters())
+        run.check_finite(global_step, **means, weights=weights.item())
+        errors, targets = (returns - values[:T]).var(), returns.var()  # [C12]
+        means["losses/explained_variance"] = 1 - errors / targets if targets > 0 else np.nan
+        charts = {"charts/learning_rate": lr, "charts/kl_coef": kl_coef}
+        charts = {name: value.item() for name, value in charts.items() if value is not None}
+        run.log_iteration(global_step, charts | means)
+        if iteration % args.checkpoint_every == 0 or iteration == args.num_iterations:
+            run.save_checkpoint(iteration, global_step, saved)
+
+    envs.close()
+    run.close()
+    return agent
+
+
+# ------------------------------------------------------------------------------------------------
+# Runs
+
+
+def fail(message: str):
+    """Stop with one line that says what is wrong and what to do."""
+    print("error:", *str(message).split(), file=sys.stderr)
+    sys.exit(2)
+
+
+def parse_args(argv: list[str]) -> Args:
+    """Args from the command line; W&B sweeps write a boolean as --flag=True or --flag=False."""
+    names = [field.name for field in dataclasses.fields(Args) if field.type is bool]
+    names = "|".join(names).replace("_", "[-_]")
+    argv = [re.sub(rf"^--({names})=[Tt]rue$", r"--\1", arg) for arg in argv]
+    argv = [re.sub(rf"^--({names})=[Ff]alse$", r"--no-\1", arg) for arg in argv]
+    return tyro.cli(Args, args=argv, description=__doc__.splitlines()[0])
+
+
+def check_args(args: Args):
+    """Refuse what cannot work, before any training starts and before W&B is contacted."""
+    counts = ("torch_threads", "checkpoint_every", "num_envs", "num_steps", "update_epochs")
+    for name in ("seed", *counts, "num_minibatches", "learning_rate"):
+        least = 0 if name in ("seed", "learning_rate") else 1
+        if not least <= getattr(args, name) < np.inf:
+            fail(
+                f"--{name.replace('_', '-')} is {getattr(args, name)}, it must be at least {least}"
+            )
+    if args.num_envs % args.num_minibatches:
+        fail(
+            f"{args.num_envs} environments (--num-envs) cannot be divided into "
+            f"{args.num_minibatches} equal minibatches; change --num-minibatches"
+        )
+    if args.total_timesteps < args.batch_size:
+        fail(
+            f"--total-timesteps {args.total_timesteps} is less than one batch of "
+            f"{args.batch_size} (--num-envs x --num-steps)"
+        )
+    if args.track:
+        try:
+            import wandb  # noqa: F401
+        except ImportError:
+            fail("--track needs the package wandb: pip install wandb")
+    try:
+        make_envs(dataclasses.replace(args, num_envs=1, vectorization="sync")).close()
+    except gym.error.UnregisteredEnv as error:
+        near = difflib.get_close_matches(args.env_id, gym.registry, n=3, cutoff=0.5)
+        hint = f"nearest: {', '.join(near)}" if near else str(error)
+        if re.search("^ALE/|NoFrameskip", args.env_id) and "ALE/Pong-v5" not in gym.registry:
+            hint = "ppo_atari.py plays Atari games"
+        fail(f"unknown environment {args.env_id}; {hint}")
+    except ModuleNotFoundError as error:
+        hint = f"pip install {error.name}" if error.name else "install it or correct the name"
+        fail(f"{args.env_id}: {str(error).rstrip('.')}; {hint}")
+    except (gym.error.Error, ImportError) as error:
+        fail(f"{args.env_id}: {error}")
+
+
+class Run:
+    """What a run leaves behind: config.json, metrics.csv, checkpoint.pt, a copy of this script."""
+
+    def __init__(self, args: Args, device: torch.device):
+        self.args, self.checkpoint = args, None
+        self.folder = self.new_folder()
+        derived = ("batch_size", "minibatch_size", "num_iterations")
+        config = dataclasses.asdict(args) | {name: getattr(args, name) for name in derived}
+        text = json.dumps(config | origin(device), indent=2)
+        (self.folder / "config.json").write_text(text + "\n")
+        shutil.copy(__file__, self.folder)
+        self.metrics = open(self.folder / "metrics.csv", "w")
+        self.metrics.write("global_step,time,name,value\n")
+        self.wandb = None
+        if args.track:
+            import wandb
+
+            try:
+                self.wandb = wandb.init(
+                    project=args.wandb_project_name,
+                    entity=args.wandb_entity,
+                    name=self.name,
+                    config=config,
+                    save_code=True,
+                )
+            except wandb.Error as error:
+                shutil.rmtree(self.folder)
+                fail(f"Weights & Biases: {error}")
+            self.wandb.define_metric("*", step_metric="global_step")
+        self.last_returns = []  # of the last 100 episodes
+        self.bar = tqdm(total=args.total_timesteps, unit="step", disable=not sys.stderr.isatty())
+        self.start_time = self.last_line = time.time()
+
+    def new_folder(self) -> Path:
+        """runs/{run name}, never one that exists: a second later the name is another."""
+        while True:
+            args, now = self.args, int(time.time())
+            self.name = f"{args.env_id}__{args.exp_name}__{args.seed}__{now}"
+            folder = Path("runs") / self.name
+            try:
+                folder.mkdir(parents=True)
+                return folder
+            except FileExistsError:
+                time.sleep(0.1)
+
+    def log(self, global_step: int, metrics: dict[str, float]):
+        """One row for each metric in metrics.csv, one row for all of them in W&B."""
+        seconds = time.time() - self.start_time
+        for name, value in metrics.items():
+            self.metrics.write(f"{global_step},{seconds:.3f},{name},{value:.9g}\n")
+        if self.wandb:
+            self.wandb.log({"global_step": global_step} | metrics)
+
+    def log_episodes(self, global_step: int, info: dict):
+        """Return and length of each episode that ended with this step, in the order of the envs."""
+        if "recorded" in info.get("final_info", {}):
+            recorded = info["final_info"]["recorded"]
+            for i in np.flatnonzero(info["final_info"]["_recorded"]):
+                score, length = float(recorded["r"][i]), int(recorded["l"][i])
+                row = {"charts/episodic_return": score, "charts/episodic_length": length}
+                self.log(global_step, row)
+                self.last_returns = [*self.last_returns[-99:], score]
+
+    def log_iteration(self, global_step: int, metrics: dict[str, float]):
+        """The metrics of one iteration and the progress: a bar on a terminal, else plain lines."""
+        steps_per_second = int(global_step / (time.time() - self.start_time))
+        self.log(global_step, metrics | {"charts/SPS": steps_per_second})
+        self.metrics.flush()
+        mean_return = f"{np.mean(self.last_returns):.1f}" if self.last_returns else "none yet"
+        self.bar.set_postfix_str(f"return {mean_return}", refresh=False)
+        self.bar.update(global_step - self.bar.n)
+        last = global_step + self.args.batch_size > self.args.total_timesteps
+        if self.bar.disable and (last or time.time() - self.last_line > 10):
+            steps = f"{global_step:,} of {self.args.total_timesteps:,} steps"
+            print(f"{steps}, return {mean_return}, {steps_per_second:,} steps/s", flush=True)
+            self.last_line = time.time()
+
+    def check_finite(self, global_step: int, **data):
+        """Stop before anything that is not finite is learned from, acted with or saved."""
+        for name, value in data.items():
+            if not np.isfinite(value).all():
+                self.bar.close()
+                good = self.checkpoint or "none yet"
+                fail(f"{name} not finite at step {global_step}; last good checkpoint: {good}")
+
+    def save_checkpoint(self, iteration: int, global_step: int, saved: dict):
+        """Atomic: whatever happens meanwhile, a complete checkpoint is there under its name."""
+        data = {"args": dataclasses.asdict(self.args), "iteration": iteration}
+        states = {k: v.state_dict() if hasattr(v, "state_dict") else v for k, v in saved.items()}
+        data |= {"global_step": global_step, **states}
+        with open(self.folder / "checkpoint.tmp", "wb") as file:
+            torch.save(data, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(file.name, self.folder / "checkpoint.pt")
+        self.checkpoint = self.folder / "checkpoint.pt"
+
+    def close(self):
+        self.bar.close()
+        self.metrics.close()
+        if self.wandb:
+            self.wandb.finish()
+        print(f"written to {self.folder}")
+
+
+def origin(device: torch.device) -> dict:
+    """Where a run comes from: the machine, the versions, the commit, the script, the command."""
+    versions = {"python": platform.python_version()}
+    for package in ("torch", "gymnasium", "ale-py", "mujoco", "numpy"):
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            versions[package] = None
+    git = f"git -C {shlex.quote(str(Path(__file__).parent))} describe"
+    describe = f"{git} --always --dirty --abbrev=40 --exclude='*'"  # the commit, whatever the tags
+    status, commit = subprocess.getstatusoutput(describe)
+    return {
+        "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
+        "cpus": os.cpu_count(),
+        "platform": platform.platform(),
+        "versions": versions,
+        "git_commit": commit if status == 0 else None,
+        "script_sha256": hashlib.sha256(Path(__file__).read_bytes()).hexdigest(),
+        "command": shlex.join(sys.argv),
+    }
+
+
+if __name__ == "__main__":
+    args = parse_args(sys.argv[1:])
+    check_args(args)
+    train(args)
