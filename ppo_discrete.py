@@ -143,7 +143,9 @@ def preprocess(env: gym.Env) -> gym.Env:
     """Observations become float32 vectors, actions vectors of K numbers."""
     env = gym.wrappers.RecordEpisodeStatistics(env, stats_key="recorded")  # innermost: true scores
     if not isinstance(env.action_space, gym.spaces.Discrete | gym.spaces.MultiDiscrete):
-        raise gym.error.Error(f"{env.action_space} is not (Multi)Discrete; ppo_continuous.py has Box")
+        raise gym.error.Error(
+            f"{env.action_space} is not (Multi)Discrete; ppo_continuous.py has Box"
+        )
     space = env.observation_space
     if not (isinstance(space, gym.spaces.Box) and len(space.shape) == 1):
         env = gym.wrappers.FlattenObservation(env)  # Dict, Tuple, Discrete, images

@@ -72,6 +72,14 @@ COMPILED_STEP = [
     ("optimizer.step()\n            kl = ", "step()\n            kl = "),
     ("    T, N, M = ", "    step = torch.compile(optimizer.step)\n    T, N, M = "),
 ]
+STEPPED = (
+    "cuts = (1 + starts[1:].any(dim=1).nonzero().flatten()).tolist()",
+    "cuts = list(range(1, len(starts)))",
+)
+COMPILED_TORSO = (
+    "Agent(envs, args.precision).to(device)\n",
+    "Agent(envs, args.precision).to(device)\n    agent.torso.compile()\n",
+)
 
 # script, precision where there is a choice, name of the variant, [(old text, new text), ...]
 VARIANTS = [
@@ -89,7 +97,11 @@ VARIANTS = [
     ("ppo_atari.py", "bf16", "channels first", CHANNELS_FIRST),
     ("ppo_atari.py", "bf16", "weights cast at every step", [NOT_CAST]),
     ("ppo_atari.py", "bf16", "all threads while acting", [ALL_THREADS]),
+    ("ppo_atari_lstm.py", "fp32", "LSTM stepped one by one", [STEPPED]),
+    ("ppo_atari_lstm.py", "bf16", "LSTM stepped one by one", [STEPPED]),
     ("ppo_discrete.py", "", "left out: Adam compiled, too", COMPILED_STEP),
+    ("ppo_atari_lstm.py", "fp32", "left out: torso compiled", [COMPILED_TORSO]),
+    ("ppo_atari_lstm.py", "bf16", "left out: torso compiled", [COMPILED_TORSO]),
     ("ppo_atari.py", "fp32", "left out: glibc keeps memory", KEEP_MEMORY),
     ("ppo_atari.py", "bf16", "left out: glibc keeps memory", KEEP_MEMORY),
 ]
