@@ -1,0 +1,283 @@
+"""The mutants are as described, mutations.toml fits the scripts, and the verdicts are right."""
+
+import os
+import re
+import subprocess
+import sys
+import time
+import tomllib
+from pathlib import Path
+
+import pytest
+
+import mutate
+from conftest import ROOT
+
+TABLE = tomllib.loads((ROOT / "tests" / "mutations.toml").read_text())
+
+
+@pytest.fixture(scope="module")
+def real():
+    """All scripts and all mutants of them."""
+    return mutate.everything()
+
+
+@pytest.fixture
+def mutants_of(tmp_path):
+    """Scripts with these texts and the mutants of them."""
+
+    def mutants_of(*sources):
+        paths = [tmp_path / f"ppo_{i}.py" for i in range(len(sources))]
+        for path, source in zip(paths, sources, strict=True):
+            path.write_text(source)
+        scripts = [mutate.Script(path) for path in paths]
+        return scripts, mutate.automatic(scripts)
+
+    return mutants_of
+
+
+EXAMPLES = """
+x = (a + 3.0) * b
+    drop: pass
+    factor: x = 2 * (a + 3.0) * b
+    sign: x = (a - 3.0) * b
+    number: x = (a + 7.0) * b
+x = a - b * c
+    drop: pass
+    factor: x = 2 * (a - b * c)
+    factor: x = a - 2 * b * c
+    sign: x = a + b * c
+    swap: x = (b * c) - a
+f(-(a / b))
+    drop: pass
+    sign: f((a / b))
+    swap: f(-(b / a))
+x = f(2)**a
+    drop: pass
+    factor: x = 2 * (f(2)**a)
+    swap: x = a ** f(2)
+    number: x = f(5)**a
+x -= y
+    drop: pass
+    sign: x += y
+x = y[i, 0, :n]
+    drop: pass
+    index: x = y[i + 1, 0, :n]
+    index: x = y[i - 1, 0, :n]
+    index: x = y[i, 1, :n]
+    index: x = y[i, -1, :n]
+    index: x = y[i, 0, :n + 1]
+    index: x = y[i, 0, :n - 1]
+f(y["a"], z[..., None])
+    drop: pass
+f(x.sum(0), y.any(dim=-1))
+    drop: pass
+    axis: f(x.sum(1), y.any(dim=-1))
+    axis: f(x.sum(0), y.any(dim=0))
+x = y.argmax(1)
+    drop: pass
+    factor: x = 2 * y.argmax(1)
+    extreme: x = y.argmin(1)
+    axis: x = y.argmax(0)
+f(np.minimum(x, y), num_minibatches)
+    drop: pass
+    extreme: f(np.maximum(x, y), num_minibatches)
+f(a < b)
+    drop: pass
+    bound: f(a <= b)
+    swap: f(b < a)
+f(0 < a >= b, a is b)
+    drop: pass
+    bound: f(0 <= a >= b, a is b)
+    bound: f(0 < a > b, a is b)
+    number: f(1 < a >= b, a is b)
+f(a and b, c | d)
+    drop: pass
+    logic: f(a or b, c | d)
+    logic: f(a and b, c & d)
+f(True, "a", None)
+    drop: pass
+    boolean: f(False, "a", None)
+f(a if b else c)
+    drop: pass
+    condition: f(a if not b else c)
+    condition: f(a if True else c)
+    condition: f(a if False else c)
+x: float | None = None
+    number: x: float | None = 0
+x: float = 0.5
+    factor: x: float = 2 * 0.5
+    number: x: float = 2.0
+x, y = f()
+    drop: pass
+x = Model()
+    drop: pass
+"""
+EXAMPLES = [block.splitlines() for block in re.split(r"\n(?! )", EXAMPLES.strip())]
+
+
+@pytest.mark.parametrize("example", EXAMPLES, ids=lambda example: example[0])
+def test_operators(mutants_of, example):
+    line, *expected = map(str.strip, example)
+    _, mutants = mutants_of(f"before()\n{line}  # told [C5]\nafter()\n")
+    assert sorted(f"{x.operator}: {x.new}" for x in mutants) == sorted(expected)
+    for mutant in mutants:
+        assert (mutant.old, mutant.tags, mutant.lines) == (line, ["C5"], {"ppo_0.py": 2})
+        assert mutant.operator in mutate.OPERATORS
+
+
+def test_if_and_what_is_in_it(mutants_of):
+    _, mutants = mutants_of("def f(a):\n    if a > 0:  # [C5]\n        g(a)\n")
+    assert {(x.operator, x.old, x.new) for x in mutants} == {
+        ("drop", "if a > 0: g(a)", "pass"),
+        ("condition", "if a > 0:", "if not (a > 0):"),
+        ("condition", "if a > 0:", "if True:"),
+        ("bound", "if a > 0:", "if a >= 0:"),
+        ("swap", "if a > 0:", "if 0 > a:"),
+        ("number", "if a > 0:", "if a > 1:"),
+        ("drop", "g(a)", "pass"),
+    }
+
+
+def test_functions_and_classes_without_what_has_a_tag_of_its_own(mutants_of):
+    source = '''
+class A(B):
+    """[C1] Explained."""
+
+    size: int
+
+    def __init__(self, gain=5):
+        """1 + 1"""
+        self.a = gain  # note
+        self.b = f(
+            size=1,  # [C2]
+            other=gain,
+        )
+
+    def g(self):
+        return 3
+'''
+    _, mutants = mutants_of(source)
+    assert {(*x.tags, x.operator, x.new) for x in mutants} == {
+        ("C1", "number", "def __init__(self, gain=11):"),
+        ("C1", "drop", "pass"),
+        ("C1", "factor", "self.b = 2 * f( size=1, other=gain, )"),
+        ("C2", "drop", ""),
+        ("C2", "number", "size=0,"),
+    }
+    assert len(mutants) == 6  # two statements to drop
+
+
+def test_nothing_else_is_changed(real):
+    scripts, mutants = real
+    texts = {script.name: script.text for script in scripts}
+    for mutant in mutants:
+        for name, edits in mutant.edits.items():
+            source = mutate.replaced(texts[name], edits)
+            assert source != texts[name]
+            assert texts[name].count("\n", 0, edits[0][0]) + 1 == mutant.lines[name]
+            if mutant.operator != "hand":
+                ((start, end, text),) = edits
+                assert source == texts[name][:start] + text + texts[name][end:]
+
+
+def test_a_line_shared_by_scripts_is_changed_in_all_at_once(mutants_of):
+    shared = "def f(a):\n    g(a)\n    g(a)  # once [C5]\n"
+    scripts, mutants = mutants_of(shared, "x = 1\n" + shared, shared.replace("f(", "h("))
+    assert [x.lines for x in mutants] == [{"ppo_0.py": 3, "ppo_1.py": 4}, {"ppo_2.py": 3}]
+    for script in scripts[:2]:
+        source = mutate.replaced(script.text, mutants[0].edits[script.name])
+        assert source == script.text.replace("g(a)  # once", "pass  # once")
+
+
+def test_every_detail_of_the_scripts_has_mutants(real):
+    scripts, mutants = real
+    tags = {tag for script in scripts for tags in script.tags.values() for tag in tags}
+    assert tags == {tag for mutant in mutants for tag in mutant.tags}
+
+
+@pytest.mark.parametrize("entry", TABLE["mutant"], ids=lambda entry: entry["name"])
+def test_what_is_written_by_hand_fits_the_scripts(entry):
+    assert set(entry) <= {"name", "why", "detail", "tests", "scripts", "change"}
+    assert ("detail" in entry) != ("tests" in entry)
+    assert entry["why"].endswith(".")
+    for name in entry["scripts"]:
+        text = (ROOT / f"ppo_{name}.py").read_text()
+        for change in entry["change"]:
+            assert text.count(change["old"]) == 1
+            text = text.replace(change["old"], change["new"])
+        compile(text, name, "exec")
+
+
+def test_names_are_unique():
+    assert len({entry["name"] for entry in TABLE["mutant"]}) == len(TABLE["mutant"])
+
+
+@pytest.mark.parametrize("entry", TABLE["equivalent"], ids=lambda entry: entry["new"])
+def test_equivalent_mutants_exist(entry, real):
+    (mutant,) = [mutant for mutant in real[1] if mutate.is_entry(entry, mutant)]
+    assert mutant.why == entry["why"]
+
+
+def test_a_process_past_its_time_is_ended():
+    process = subprocess.Popen(["sleep", "60"], start_new_session=True)
+    assert mutate.ended(process.pid, time.monotonic() + 60) is None
+    assert mutate.ended(process.pid, time.monotonic()) != 0
+    process.returncode = 0  # it is no more
+
+
+def test_selection(monkeypatch, real):
+    tried = []
+    monkeypatch.setattr(mutate, "everything", lambda: real)
+    monkeypatch.setattr(mutate, "attempt", lambda mutants, scripts, jobs: tried.append(mutants))
+    for _ in range(2):
+        assert mutate.main(["--script", "ppo_atari.py", "--detail", "C5", "--sample", "3"]) == 0
+    assert [str(x) for x in tried[0]] == [str(x) for x in tried[1]]
+    assert len(tried[0]) == 3
+    assert all("ppo_atari.py" in x.edits and "C5" in x.tags for x in tried[0])
+    mutate.main([])
+    assert len(tried[2]) > 100
+
+
+TRIAL = """
+import sys
+import mutate
+
+scripts, mutants = mutate.everything()
+kinds = {(*x.tags, x.operator): x for x in mutants}
+chosen = [kinds["C8", "sign"], kinds["C8", "extreme"], kinds["C9", "drop"], kinds["C9", "extreme"]]
+chosen += [x for x in mutants if x.new == "standard deviation of a sample, not of a population"]
+end = {x.name: [(len(x.text), len(x.text), "# harmless")] for x in scripts}
+lines = {x.name: 600 for x in scripts}
+chosen.append(mutate.Mutant("hand", "", "a comment", ["test_c7_"], ["C7"], lines, end))
+chosen.append(mutate.Mutant("hand", "", "another", ["test_c7_"], ["C7"], lines, end, why="None."))
+chosen.append(mutate.Mutant("hand", "", "unseen", ["test_none_"], ["L0"], lines, end))
+mutate.everything = lambda: (scripts, chosen)
+sys.exit(mutate.main(["--jobs", "1", "--out", "page.md"]))
+"""
+
+
+def test_verdicts(tmp_path):
+    """Four mutants by operators and one by hand, two comments, one known as such, no test."""
+    env = os.environ | {"PYTHONPATH": str(ROOT / "tests")}
+    command = [sys.executable, "-c", TRIAL]
+    result = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+    assert result.returncode == 1, result.stdout + result.stderr
+    verdicts = re.findall(r"(?m)^\d/8 (.+?): (.+)", result.stdout)
+    assert [verdict for verdict, _ in verdicts] == ["caught"] * 5 + [
+        *("survived", "equivalent", "no test")
+    ]
+    for text in (result.stdout, Path("page.md").read_text()):
+        for row in ("| C7 | 3 | 1 | 1 | 1 | 0 |", "| L0 | 1 | 0 | 0 | 0 | 1 |"):
+            assert row in text
+        assert "| all | 8 | 5 | 1 | 1 | 1 |" in text
+        survived, equivalent = text.split("Survived: 1")[1].split("Equivalent: 1")
+        assert survived.strip() == "- `ppo_discrete.py:600 and 3 more [C7] hand: a comment`"
+        assert equivalent.split("\n")[2].endswith("[C7] hand: another`<br>None.")
+
+
+def test_nothing_is_tried_where_a_test_fails_anyway(monkeypatch, tmp_path):
+    monkeypatch.setattr(mutate, "fork", lambda *_, **__: os.spawnlp(os.P_NOWAIT, "true", "true"))
+    monkeypatch.setattr(mutate, "record", lambda _: ({}, ["test_c7_equal"]))
+    with pytest.raises(SystemExit, match=r"^without .* these tests fail: test_c7_equal$"):
+        mutate.baseline(tmp_path, ("test_c7_",))
