@@ -98,6 +98,17 @@ def tests_of(entry: dict, tests: list[tuple[str, str]]) -> list[tuple[str, str]]
     return [(file, name) for file, name in tests if name.startswith(tuple(entry["tests"]))]
 
 
+def mutants() -> dict[str, str]:
+    """tag -> how many of its mutants the tests caught, by docs/mutations.md"""
+    path = ROOT / "docs" / "mutations.md"
+    text = path.read_text() if path.exists() else ""
+    rows = re.findall(r"(?m)^\| ([A-Z]\d+) \| (\d+) \| (\d+) \| (\d+) \|", text)
+    return {
+        tag: f"{caught} of {total}" + (f", {equal} equivalent" if equal != "0" else "")
+        for tag, total, caught, equal in rows
+    }
+
+
 def of_the_37(details: dict[str, dict]) -> list[str]:
     return [tag for tag in details if tag[0] in THE_37]
 
@@ -115,19 +126,23 @@ def introduction(details: dict[str, dict]) -> str:
     ]
     text += f"; missing: {', '.join(missing)}" if missing else ""
     others = [tag for tag in details if tag not in ours]
-    return text + (f".\nNot counted among them: {', '.join(others)}.\n" if others else ".\n")
+    text += f".\nNot counted among them: {', '.join(others)}.\n" if others else ".\n"
+    text += "[mutations.md](mutations.md) says what a mutant is and lists those that survived.\n"
+    return text
 
 
 def summary(details, sites, tests) -> list[str]:
-    """The rows of a table: tag, title, lines in each script, number of tests."""
-    rows = ["| " + " | ".join(["tag", "detail", *sites, "tests"]) + " |"]
-    rows += ["| --- " * (len(sites) + 3) + "|"]
+    """The rows of a table: tag, title, lines in each script, numbers of tests and mutants."""
+    caught = mutants()
+    rows = ["| " + " | ".join(["tag", "detail", *sites, "tests", "mutants caught"]) + " |"]
+    rows += ["| --- " * (len(sites) + 4) + "|"]
     for tag, entry in details.items():
         cells = [f"[{tag}](#{tag.lower()})", entry["title"]]
         for found in sites.values():
             links = [site.link(site.line, site.line, site.line) for site in found[tag]]
             cells.append(", ".join(links))
-        rows.append(f"| {' | '.join(cells)} | {len(tests_of(entry, tests))} |")
+        numbers = len(tests_of(entry, tests)), caught.get(tag, "")
+        rows.append(f"| {' | '.join(cells)} | {numbers[0]} | {numbers[1]} |")
     return rows
 
 
