@@ -72,6 +72,14 @@ COMPILED_STEP = [
     ("optimizer.step()\n            kl = ", "step()\n            kl = "),
     ("    T, N, M = ", "    step = torch.compile(optimizer.step)\n    T, N, M = "),
 ]
+BLOCKS = [  # the same products as 8 x 8 with stride 4: more channels, fewer positions
+    ("nn.Conv2d(4, 32, kernel_size=8, stride=4)", "nn.Conv2d(64, 32, kernel_size=2)"),
+    (
+        "obs.permute(0, 3, 1, 2) / 255.0",
+        "obs.view(-1, 21, 4, 21, 4, 4).transpose(2, 3).reshape(-1, 21, 21, 64)"
+        ".permute(0, 3, 1, 2) / 255.0",
+    ),
+]
 STEPPED = (
     "cuts = (1 + starts[1:].any(dim=1).nonzero().flatten()).tolist()",
     "cuts = list(range(1, len(starts)))",
@@ -102,6 +110,8 @@ VARIANTS = [
     ("ppo_discrete.py", "", "left out: Adam compiled, too", COMPILED_STEP),
     ("ppo_atari_lstm.py", "fp32", "left out: torso compiled", [COMPILED_TORSO]),
     ("ppo_atari_lstm.py", "bf16", "left out: torso compiled", [COMPILED_TORSO]),
+    ("ppo_atari.py", "fp32", "left out: blocks of 4 x 4 pixels as channels", BLOCKS),
+    ("ppo_atari.py", "bf16", "left out: blocks of 4 x 4 pixels as channels", BLOCKS),
     ("ppo_atari.py", "fp32", "left out: glibc keeps memory", KEEP_MEMORY),
     ("ppo_atari.py", "bf16", "left out: glibc keeps memory", KEEP_MEMORY),
 ]

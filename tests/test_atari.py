@@ -14,6 +14,7 @@ from torch import nn
 
 import conftest
 import ppo_atari
+import ppo_atari_lstm
 
 NOOP, FIRE, RIGHT = 0, 1, 2
 ENDS = {"terminated": (True, False), "truncated": (False, True)}
@@ -212,6 +213,35 @@ def test_a2_skip_stops_where_the_game_ends(end):
     assert (reward, terminated, truncated) == (1, *ENDS[end])
     assert game.log == [RIGHT] * 3
     assert shades(obs)[-1] == 60
+
+
+@pytest.mark.parametrize("script", [ppo_atari, ppo_atari_lstm])
+def test_a2_the_game_itself_skips_no_frames(script):
+    """Whatever the id asks for: v5 games skip four by themselves."""
+    args = script.Args(env_id="ALE/Pong-v5", num_envs=1, vectorization="sync")
+    envs = script.make_envs(args)
+    envs.reset(seed=[0])
+    before = envs.envs[0].unwrapped.ale.getFrameNumber()
+    envs.step(np.array([0]))
+    assert envs.envs[0].unwrapped.ale.getFrameNumber() - before == 4
+    envs.close()
+
+
+@pytest.mark.parametrize("script", [ppo_atari, ppo_atari_lstm])
+def test_each_rollout_freezes_the_weights_of_its_time(script, monkeypatch):
+    frozen, original = [], script.Agent.rollout_policy
+
+    def rollout_policy(agent, rng):
+        frozen.append(agent.actor.weight.detach().clone())
+        return original(agent, rng)
+
+    monkeypatch.setattr(script.Agent, "rollout_policy", rollout_policy)
+    loop = {"num_envs": 2, "num_steps": 4, "num_minibatches": 1, "update_epochs": 1}
+    plain = {"cuda": False, "torch_threads": 1, "vectorization": "sync", "total_timesteps": 24}
+    eager = {"compile": False} if script is ppo_atari else {}
+    script.train(script.Args(**loop, **plain, **eager))
+    assert len(frozen) == 3
+    assert not any(torch.equal(a, b) for a, b in itertools.pairwise(frozen))
 
 
 # ------------------------------------------------------------------------------------------------
@@ -529,6 +559,14 @@ def test_a9_network_sees_0_to_1(method):
         act(torch.full((1, 84, 84, 4), level, dtype=torch.uint8))
     assert [x.dtype for x in seen] == [torch.float32] * 3
     assert [x.unique().tolist() for x in seen] == [[1.0], [pytest.approx(0.2)], [0.0]]
+
+
+def test_a9_features_reach_the_heads_as_they_are():
+    model, seen = agent(), []
+    model.torso.register_forward_hook(lambda _, x, hidden: seen.append(hidden))
+    model.actor.register_forward_pre_hook(lambda _, x: seen.append(x[0]))
+    model(pictures(3))
+    assert torch.equal(*seen)
 
 
 def test_network_sees_a_frame_as_a_channel():

@@ -384,9 +384,14 @@ def test_c9_value_loss_is_the_worse_of_clipped_and_not(value, returns, clip_vlos
     assert agent.values.grad.item() == pytest.approx(gradient, abs=1e-6)
 
 
-def test_c9_clips_around_the_old_value():
-    agent = FakePolicy([0.0], [4.0])
-    assert loss_of(agent, old_values=3.0, returns=5.0, vf_coef=1.0)[0] == pytest.approx(1.62)
+@pytest.mark.parametrize(
+    ("value", "returns", "loss"),
+    [(4.0, 5.0, 1.62), (3.1, 2.0, 0.605), (2.5, 2.0, 0.32)],  # above, within and below the range
+)
+def test_c9_clips_around_the_old_value(value, returns, loss):
+    agent = FakePolicy([0.0], [value])
+    total, _ = loss_of(agent, old_values=3.0, returns=returns, vf_coef=1.0)
+    assert total == pytest.approx(loss)
 
 
 def test_c10_total_loss():
@@ -455,6 +460,7 @@ def test_c12_statistics_by_hand():
     assert stats["approx_kl"] == pytest.approx(0.019956, abs=1e-6)
     assert stats["clipfrac"] == pytest.approx(1 / 3)
     assert loss_of(FakePolicy([0.3, -0.3], [0.0] * 2))[1]["clipfrac"] == 1
+    assert loss_of(FakePolicy([0.0], [0.0]), clip_coef=0.0)[1]["clipfrac"] == 0
     assert set(stats) == {
         *("loss", "policy_loss", "value_loss", "entropy"),
         *("old_approx_kl", "approx_kl", "clipfrac"),

@@ -192,7 +192,9 @@ def test_x4_info_goes_before_the_method():
 
 
 def test_x4_without_masks_every_choice_that_exists_is_valid():
-    obs, _ = ppo_discrete.preprocess(Choices()).reset(seed=0)
+    env = ppo_discrete.preprocess(Choices())
+    assert env.observation_space == gym.spaces.Box(-np.inf, np.inf, (8,), np.float32)
+    obs, _ = env.reset(seed=0)
     assert obs.tolist() == [0, 0, *ALL]
     assert obs.dtype == np.float32
 
