@@ -409,7 +409,7 @@ def train(args: Args) -> Agent:
         run.check_finite(global_step, advantages=advantages)
 
         # update: several epochs of minibatches drawn without replacement
-        batch = [x[:T] for x in (*inputs, batch_logprobs, batch_values)]
+        batch = [x[:T] for x in (*inputs, batch_logprobs, batch_values)]  # h, c have one row
         batch += [torch.as_tensor(x, device=device) for x in (advantages, returns)]
         stats = []
         for _ in range(args.update_epochs):

@@ -1,6 +1,6 @@
 """The core details C1 to C13 and the options X1, X3, X5 and X6, by their numbers.
 
-The algorithm and the training loop are the same text in all three scripts (test_text.py), so most
+The algorithm and the training loop are the same text in the scripts (test_text.py), so most
 of these tests look at one script only.
 """
 
