@@ -67,7 +67,8 @@ class Args:
     torch_deterministic: bool = True  # only deterministic cuDNN kernels
     cuda: bool = True  # use the GPU if there is one
     torch_threads: int = torch.get_num_threads()  # CPU threads of torch
-    precision: Literal["fp32", "bf16"] = "fp32"  # what the torso multiplies in
+    bf16 = not torch.cuda.is_available() and torch.cpu.get_capabilities().get("avx512_bf16")
+    precision: Literal["fp32", "bf16"] = "bf16" if bf16 else "fp32"  # what the torso multiplies in
     compile: bool = True  # compile the update, which takes a while once; needs a C++ compiler
     checkpoint_every: int = 100  # iterations between checkpoints
     track: bool = False  # log to Weights & Biases, too

@@ -35,8 +35,16 @@ GROUPS = [
     ("InvertedPendulum-v5", {}, 950, 950, ""),
     ("Pendulum-v1", {"bootstrap_truncation": True}, None, None, ""),
     ("Pendulum-v1", {"bootstrap_truncation": False}, None, None, ""),
+    ("PongNoFrameskip-v4", {"precision": "bf16"}, -18, -18, ""),
+    ("PongNoFrameskip-v4", {"precision": "fp32"}, None, None, ""),
     ("BreakoutNoFrameskip-v4", {}, None, None, ""),
 ]
+NOTES = {  # what sets the runs of a group apart, in words
+    ("bootstrap_truncation", True): "bootstrap",
+    ("bootstrap_truncation", False): "no bootstrap",
+    ("precision", "bf16"): "bf16",
+    ("precision", "fp32"): "fp32",
+}
 
 
 INTRODUCTION = """# Results
@@ -72,13 +80,16 @@ def keep(folder):
     config = json.loads((folder / "config.json").read_text())
     if not re.fullmatch("[0-9a-f]{40}", config["git_commit"] or ""):
         sys.exit(f"{folder}: not from a commit, but from {config['git_commit']}")
+    with open(folder / "metrics.csv") as file:
+        rows = list(csv.DictReader(file))
     with open("/proc/cpuinfo") as file:
         cpu = next(line.split(":")[1].strip() for line in file if line.startswith("model name"))
     config["run_name"] = folder.name
+    iterations = [row["global_step"] for row in rows if row["name"] == "charts/SPS"]
+    config["steps"] = int(iterations[-1])  # less than planned if it was stopped
+    rows = [row for row in rows if int(row["global_step"]) <= config["steps"]]
     config["machine"] = f"{config['cpus']} cores, {cpu}, device {config['device']}"
     (RESULTS / f"{folder.name}.json").write_text(json.dumps(config, indent=2) + "\n")
-    with open(folder / "metrics.csv") as file:
-        rows = list(csv.DictReader(file))
     text = io.StringIO()
     writer = csv.DictWriter(text, ["global_step", "time", "name", "value"], lineterminator="\n")
     writer.writeheader()
@@ -106,6 +117,12 @@ def last_100(metrics):
     return metrics["charts/episodic_return"][1][-100:].mean()
 
 
+def is_stopped(config):
+    """Before all of its iterations were done."""
+    planned = config["num_iterations"] * config["batch_size"]
+    return config.get("steps", planned) < planned
+
+
 def select(runs, env_id, changes):
     """The runs of a group."""
     wanted = {"env_id": env_id} | changes
@@ -121,10 +138,11 @@ def page(runs):
         low = -np.inf if least is None else least
         digits = 0 if abs(np.mean(scores)) > 1000 else 1
         seeds = " ".join(str(config["seed"]) for config, _ in group)
-        note = "" if changes.get("bootstrap_truncation", True) else ", no bootstrap"
+        planned = f"{group[0][0]['total_timesteps']:,}"
+        stopped = [f"{config['steps']:,}" for config, _ in group if is_stopped(config)]
         cells = (
-            env_id + note,
-            f"{group[0][0]['total_timesteps']:,}",
+            ", ".join([env_id, *(NOTES[change] for change in changes.items())]),
+            f"{planned} (stopped after {', '.join(stopped)})" if stopped else planned,
             seeds,
             " ".join(f"{x:,.{digits}f}{'*' if x < low else ''}" for x in scores),
             "" if least is None else f"{least:,}",
@@ -162,10 +180,8 @@ def plot(runs, path):
     for axis in axes.flat[len(tasks) :]:
         axis.set_axis_off()
     for axis, task in zip(axes.flat, tasks, strict=False):
-        for env_id, changes, _, least, _ in GROUPS:
-            if env_id != task:
-                continue
-            color = "C1" if changes.get("bootstrap_truncation") is False else "C0"
+        groups = [group for group in GROUPS if group[0] == task]
+        for color, (env_id, changes, _, least, _) in zip(("C0", "C1"), groups, strict=False):
             for number, (config, metrics) in enumerate(select(runs, env_id, changes)):
                 steps, returns = metrics["charts/episodic_return"]
                 edges = np.linspace(0, config["total_timesteps"], 51)
@@ -174,7 +190,7 @@ def plot(runs, path):
                     returns[window == i].mean() if (window == i).any() else np.nan
                     for i in range(50)
                 ]
-                label = {"C0": "bootstrap", "C1": "no bootstrap"}[color] if changes else None
+                label = ", ".join(NOTES[change] for change in changes.items())
                 axis.plot(edges[1:], curve, color, lw=1, label=label if number == 0 else None)
             if least is not None:
                 axis.axhline(least, color="0.7", lw=0.8, ls="--", zorder=0)

@@ -1,7 +1,9 @@
 """The Atari details A1 to A9, by their numbers and frame by frame against Stable-Baselines3."""
 
 import collections
+import importlib.util
 import itertools
+import sys
 import types
 
 import gymnasium as gym
@@ -238,6 +240,7 @@ def test_each_rollout_freezes_the_weights_of_its_time(script, monkeypatch):
     monkeypatch.setattr(script.Agent, "rollout_policy", rollout_policy)
     loop = {"num_envs": 2, "num_steps": 4, "num_minibatches": 1, "update_epochs": 1}
     plain = {"cuda": False, "torch_threads": 1, "vectorization": "sync", "total_timesteps": 24}
+    plain |= {"precision": "fp32"}
     eager = {"compile": False} if script is ppo_atari else {}
     script.train(script.Args(**loop, **plain, **eager))
     assert len(frozen) == 3
@@ -585,6 +588,22 @@ def twins():
     conftest.far_from_initial(models[0])
     models[1].load_state_dict(models[0].state_dict())
     return models
+
+
+@pytest.mark.parametrize("script", ["ppo_atari", "ppo_atari_lstm"])
+@pytest.mark.parametrize(
+    ("cpu", "gpu", "precision"),
+    [(True, False, "bf16"), (False, False, "fp32"), (None, False, "fp32"), (True, True, "fp32")],
+)
+def test_bf16_is_the_default_where_the_cpu_multiplies_it(monkeypatch, script, cpu, gpu, precision):
+    known = {} if cpu is None else {"avx512_bf16": cpu}
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: known)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    spec = importlib.util.spec_from_file_location(script, conftest.ROOT / f"{script}.py")
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, script, module)
+    spec.loader.exec_module(module)
+    assert module.Args().precision == precision
 
 
 def test_bf16_rounds_the_torso_and_nothing_else():

@@ -22,7 +22,7 @@ SAME_STEP = gym.vector.AutoresetMode.SAME_STEP
 def train(**changes):
     """`train` of the script in this process with a small batch. Returns the agent."""
     small = {"num_steps": 6, "num_envs": 4, "num_minibatches": 2, "update_epochs": 2}
-    plain = {"cuda": False, "torch_threads": 1, "vectorization": "sync"}
+    plain = {"cuda": False, "torch_threads": 1, "vectorization": "sync", "precision": "fp32"}
     changes = plain | small | changes
     batch = changes["num_steps"] * changes["num_envs"]
     return lstm.train(lstm.Args(**{"total_timesteps": 3 * batch} | changes))

@@ -26,6 +26,8 @@ CONFIGURATION = {
         "-     torch_threads: int = ...  "
         "# CPU threads of torch; networks this small are slower with more",
         "+     torch_threads: int = ...  # CPU threads of torch",
+        "+     bf16 = not torch.cuda.is_available() "
+        'and torch.cpu.get_capabilities().get("avx512_bf16")',
         '+     precision: Literal["fp32", "bf16"] = ...  # what the torso multiplies in',
     ],
 }
