@@ -54,8 +54,8 @@ episode. A score is the mean return of the last 100 training episodes of a run, 
 stochastic policy while it learns, as everywhere in the field. CleanRL's column is what it
 [publishes](https://github.com/vwxyzjn/cleanrl/tree/fe8d8a0/docs/benchmark) for its own scripts.
 Tests ask for the least score of each seed and the least mean, which is about CleanRL's less 5 % or
-its deviation; a seed below its least score is marked with an asterisk. Breakout is a first look
-at 3 % of the default 10M steps. Its run and those of Pendulum-v1 are of earlier commits, see below.
+its deviation; a seed below its least score is marked with an asterisk. Pong ran for 15 % of
+the default 10M steps, Breakout, a first look, for 3 %. The runs are of several commits, see below.
 In Pendulum-v1 every episode is cut off by its time limit: with bootstrapping the task is solved,
 without it the return stays far below.
 
@@ -112,9 +112,10 @@ def load():
     return sorted(runs, key=lambda run: (run[0]["env_id"], run[0]["seed"]))
 
 
-def last_100(metrics):
-    """Mean return of the last 100 training episodes, the field's measure."""
-    return metrics["charts/episodic_return"][1][-100:].mean()
+def last_100(metrics, until=np.inf):
+    """Mean return of the last 100 training episodes, or of those before a step."""
+    steps, returns = metrics["charts/episodic_return"]
+    return returns[steps <= until][-100:].mean()
 
 
 def is_stopped(config):
@@ -127,6 +128,18 @@ def select(runs, env_id, changes):
     """The runs of a group."""
     wanted = {"env_id": env_id} | changes
     return [run for run in runs if wanted.items() <= run[0].items()]
+
+
+def precisions(runs):
+    """Pong where the shortest run ended, in a sentence."""
+    groups = {x: select(runs, "PongNoFrameskip-v4", {"precision": x}) for x in ("bf16", "fp32")}
+    until = min(config["steps"] for group in groups.values() for config, _ in group)
+    scores = {
+        name: " ".join(f"{last_100(metrics, until):.1f}" for _, metrics in group)
+        for name, group in groups.items()
+    }
+    text = f"PongNoFrameskip-v4 after {until:,} steps, where the runs in fp32 were stopped: "
+    return text + f"{scores['bf16']} in bf16, {scores['fp32']} in fp32."
 
 
 def page(runs):
@@ -151,6 +164,7 @@ def page(runs):
             peer,
         )
         lines.append(f"| {' | '.join(cells)} |")
+    lines += ["", precisions(runs)]
     lines += ["", "![learning curves](results/curves.png)", "", "## Runs", ""]
     lines += [
         "| run | command | steps/s | minutes | torch threads | commit | sha256 of the script |",
