@@ -105,9 +105,9 @@ class Args:
 class DiscreteActions(gym.Wrapper):
     """[M1] [X4] An action is K choices, the k-th out of nvec[k]: Discrete(n) has K = 1, nvec = [n].
 
-    Observation: float32 [obs_dim + K * max(nvec)], that of the environment and a 1 for each choice
-    that is valid, a 0 for every other. The environment says which are, one component after the
-    other, in info["action_mask"] or, without that, by a method action_masks; by default all are.
+    Observation: float32 [obs_dim + K * max(nvec)], that of the environment and what to add to the
+    logits: 0 for each choice that is valid, -1e8 for every other. The environment says which are,
+    one component after the other, in info["action_mask"] or by a method action_masks, or all are.
     """
 
     def __init__(self, env: gym.Env):
@@ -116,27 +116,30 @@ class DiscreteActions(gym.Wrapper):
         nvec = np.ravel(space.n if isinstance(space, gym.spaces.Discrete) else space.nvec)
         self.action_space = gym.spaces.MultiDiscrete(nvec)
         self.start, self.shape = space.start, space.shape
-        self.exists = np.arange(nvec.max()) < nvec[:, None]  # [K, max(nvec)]
+        exists = np.arange(nvec.max()) < nvec[:, None]  # [K, max(nvec)]
+        obs = np.zeros(env.observation_space.shape[0])
+        self.all_valid = np.concatenate([obs, np.where(exists.ravel(), 0, -1e8)], dtype=np.float32)
+        self.columns = len(obs) + np.flatnonzero(exists)  # of the choices that exist
+        self.observation_space = gym.spaces.Box(-np.inf, np.inf, self.all_valid.shape, np.float32)
         has_masks = env.has_wrapper_attr("action_masks")
         self.action_masks = env.get_wrapper_attr("action_masks") if has_masks else lambda: None
-        size = env.observation_space.shape[0] + self.exists.size
-        self.observation_space = gym.spaces.Box(-np.inf, np.inf, (size,), np.float32)
 
     def reset(self, **kwargs):
         obs, info = self.env.reset(**kwargs)
         return self.with_mask(obs, info), info
 
     def step(self, action):
-        action = self.start + action.reshape(self.shape)
+        action = self.start + (action.reshape(self.shape) if self.shape else action[0])
         obs, reward, terminated, truncated, info = self.env.step(action)
         return self.with_mask(obs, info), reward, terminated, truncated, info
 
     def with_mask(self, obs, info):
-        mask, valid = info.get("action_mask", self.action_masks()), self.exists
+        row, mask = self.all_valid.copy(), info.get("action_mask", self.action_masks())
+        row[: len(obs)] = obs
         if mask is not None:
-            valid = np.zeros_like(self.exists)
-            valid[self.exists] = np.concatenate(mask) if isinstance(mask, tuple) else mask
-        return np.concatenate([obs, valid.ravel()], dtype=np.float32)
+            mask = np.concatenate(mask) if isinstance(mask, tuple) else mask
+            row[self.columns] = np.where(mask, 0, -1e8)
+        return row
 
 
 def preprocess(env: gym.Env) -> gym.Env:
@@ -201,7 +204,7 @@ class Agent(nn.Module):
     def forward(self, obs):
         """obs float32 [*, obs_dim + mask] -> distribution over actions [*, K], values [*]"""
         obs, mask = obs[..., : self.obs_dim], obs[..., self.obs_dim :]
-        logits = torch.where(mask > 0, self.actor(obs), -1e8)  # [X4] never chosen, no gradient
+        logits = self.actor(obs) + mask  # [X4] what is invalid is never chosen, without gradient
         each = Categorical(logits=logits.unflatten(-1, self.choices), validate_args=False)
         policy = Independent(each, 1, validate_args=False)  # [M1] sums over action components
         return policy, self.critic(obs).squeeze(-1)
@@ -215,8 +218,7 @@ class Agent(nn.Module):
 
         def act(obs):
             obs, mask = obs[:, : self.obs_dim], obs[:, self.obs_dim :]
-            logits = np.tanh(np.tanh(obs @ w1 + b1) @ w2 + b2) @ w3 + b3
-            logits = np.where(mask > 0, logits, -1e8)  # [X4]
+            logits = np.tanh(np.tanh(obs @ w1 + b1) @ w2 + b2) @ w3 + b3 + mask  # [X4]
             scores = logits + rng.gumbel(size=logits.shape)  # its argmax is ~ softmax(logits)
             return scores.reshape(-1, *self.choices).argmax(-1)  # [M1]
 

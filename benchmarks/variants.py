@@ -45,10 +45,10 @@ ONE_FORWARD = [  # of the whole batch
 TORCH_ACTS = {
     "ppo_discrete.py": [
         (
-            "            logits = np.tanh(np.tanh(obs @ w1 + b1) @ w2 + b2) @ w3 + b3\n",
+            "            logits = np.tanh(np.tanh(obs @ w1 + b1) @ w2 + b2) @ w3 + b3 + mask"
+            "  # [X4]\n",
             "            with torch.inference_mode():\n"
-            "                obs, mask = torch.as_tensor(obs), torch.as_tensor(mask)\n"
-            "                logits = torch.where(mask > 0, self.actor(obs), -1e8)\n"
+            "                logits = self.actor(torch.as_tensor(obs)) + torch.as_tensor(mask)\n"
             "                return Categorical(logits=logits).sample()[:, None].numpy()\n",
         )
     ],

@@ -408,7 +408,7 @@ def test_c10_total_loss():
 def test_c10_the_bonus_makes_a_peaked_policy_less_peaked():
     agent, _ = small_agent(ppo_discrete)
     agent.actor[-1].bias.data[0] = 3.0
-    obs = torch.as_tensor([[0.0, 0.0, 0.0, 0.0, 1.0, 1.0]] * 4)
+    obs = torch.as_tensor([[0.0] * 6] * 4)
     policy, values = agent(obs)
     before = policy.entropy().mean().item()
     actions = torch.zeros(4, 1, dtype=torch.int64)
@@ -651,7 +651,7 @@ def observations(script, envs, count):
         return quarters.repeat(42, axis=1).repeat(42, axis=2)
     obs = rng.normal(size=(count, *envs.single_observation_space.shape)).astype(np.float32)
     if script is ppo_discrete:
-        obs[:, -envs.single_action_space.nvec[0] :] = 1.0
+        obs[:, -envs.single_action_space.nvec[0] :] = 0.0
     return obs
 
 

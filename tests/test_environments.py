@@ -163,7 +163,7 @@ def test_any_observation_becomes_one_float32_vector(script, seen, name):
     for i, env in enumerate(sub_envs(seen)):
         expected = [np.float32(gym.spaces.flatten(space, x)) for x in env.shown[:32]]
         np.testing.assert_array_equal([obs[i, :size] for obs in seen.obs], expected)
-        assert all((obs[i, size:] == 1).all() for obs in seen.obs)
+        assert all((obs[i, size:] == 0).all() for obs in seen.obs)
     assert {x.shape[1:] for x in seen.inputs} == {(size,)}
     # the final observations of the episodes that a time limit cut off
     cut_off = np.float32([gym.spaces.flatten(space, x) for x in env.final[::2]])

@@ -139,7 +139,7 @@ def updates_of_reference(seen, args):
     )
     if "log_std" not in seen.params[0]:
         actions = actions[..., 0].astype(int)  # CartPole is one choice
-        assert (obs[..., 4:] == 1).all()  # out of two that are always valid
+        assert (obs[..., 4:] == 0).all()  # out of two that are always valid
         obs = obs[..., :4]
     orders = np.array([order.numpy() for _, order in seen.permutations])
     orders = orders.reshape(-1, args.update_epochs, args.batch_size)
