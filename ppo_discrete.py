@@ -117,7 +117,7 @@ class DiscreteActions(gym.Wrapper):
         self.action_space = gym.spaces.MultiDiscrete(nvec)
         self.start, self.shape = space.start, space.shape
         exists = np.arange(nvec.max()) < nvec[:, None]  # [K, max(nvec)]
-        obs = np.zeros(env.observation_space.shape[0])
+        obs = np.zeros(env.observation_space.shape)
         self.all_valid = np.concatenate([obs, np.where(exists.ravel(), 0, -1e8)], dtype=np.float32)
         self.columns = len(obs) + np.flatnonzero(exists)  # of the choices that exist
         self.observation_space = gym.spaces.Box(-np.inf, np.inf, self.all_valid.shape, np.float32)
