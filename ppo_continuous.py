@@ -103,13 +103,12 @@ class Args:
 
 
 class RunningMeanStd:
-    """float64 mean and variance [*shape] of all samples so far, by the method of Welford 1962."""
+    """float64 mean and variance [*shape] of all samples x [n, *shape] so far, by Welford 1962."""
 
     def __init__(self, shape=()):
         self.mean, self.var, self.count = np.zeros(shape), np.ones(shape), 1e-4
 
     def update(self, x):
-        """x [n, *shape], n new samples"""
         old_count, self.count = self.count, self.count + len(x)
         delta = x - self.mean
         self.mean = self.mean + delta.sum(0) / self.count
@@ -402,6 +401,7 @@ def train(args: Args) -> Agent:
                 break
         if kl_coef is not None:  # [X5] beta grows after an epoch too far away, and the reverse
             kl_coef *= 2 if kl > 1.5 * args.penalty_kl else 0.5 if kl < args.penalty_kl / 1.5 else 1
+            kl_coef.clamp_(1e-6, 1e6)  # from 0 or infinity it could not come back
 
         # log
         means = {f"losses/{k}": torch.stack([s[k] for s in stats]).mean().item() for k in stats[0]}
@@ -458,6 +458,8 @@ def check_args(args: Args):
             f"--total-timesteps {args.total_timesteps} is less than one batch of "
             f"{args.batch_size} (--num-envs x --num-steps)"
         )
+    if args.penalty_kl is not None and not 0 < args.penalty_kl < np.inf:
+        fail(f"--penalty-kl is {args.penalty_kl}, it must be above 0")
     if args.track:
         try:
             import wandb  # noqa: F401

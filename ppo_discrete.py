@@ -143,7 +143,7 @@ class DiscreteActions(gym.Wrapper):
 
 
 def preprocess(env: gym.Env) -> gym.Env:
-    """Observations become float32 vectors, actions vectors of K numbers."""
+    """Observations become float32 vectors, copied since environments may reuse their arrays."""
     env = gym.wrappers.RecordEpisodeStatistics(env, stats_key="recorded")  # innermost: true scores
     if not isinstance(env.action_space, gym.spaces.Discrete | gym.spaces.MultiDiscrete):
         raise gym.error.Error(
@@ -381,6 +381,7 @@ def train(args: Args) -> Agent:
                 break
         if kl_coef is not None:  # [X5] beta grows after an epoch too far away, and the reverse
             kl_coef *= 2 if kl > 1.5 * args.penalty_kl else 0.5 if kl < args.penalty_kl / 1.5 else 1
+            kl_coef.clamp_(1e-6, 1e6)  # from 0 or infinity it could not come back
 
         # log
         means = {f"losses/{k}": torch.stack([s[k] for s in stats]).mean().item() for k in stats[0]}
@@ -437,6 +438,8 @@ def check_args(args: Args):
             f"--total-timesteps {args.total_timesteps} is less than one batch of "
             f"{args.batch_size} (--num-envs x --num-steps)"
         )
+    if args.penalty_kl is not None and not 0 < args.penalty_kl < np.inf:
+        fail(f"--penalty-kl is {args.penalty_kl}, it must be above 0")
     if args.track:
         try:
             import wandb  # noqa: F401

@@ -42,7 +42,8 @@ PRECISION = """## bf16
 
 `python benchmarks/precision.py` ([raw data](results/precision.csv)): the gradient of the same loss
 for the same minibatch and weights in both precisions. With `--precision bf16` the convolutions and
-the layer after them multiply in bfloat16; weights, heads, loss and Adam stay in float32."""
+the layer after them multiply in bfloat16; weights, heads, loss and Adam stay in float32. It is the
+default where there is no GPU and the CPU multiplies bfloat16; `config.json` says which ran."""
 
 SCALING = """## By environments, threads and steps
 

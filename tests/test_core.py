@@ -596,6 +596,23 @@ def test_x5_beta_follows_the_kl_of_the_last_epoch(monkeypatch, kls, betas):
     assert torch.load(path, weights_only=True)["kl_coef"].item() == betas[3]
 
 
+@pytest.mark.parametrize(("kl", "beta"), [(9.0, 1e6), (0.0, 1e-6)])
+def test_x5_beta_stays_where_it_can_come_back_from(monkeypatch, kl, beta):
+    """30 times the same: 2 ** 30 and 2 ** -30 are not reached."""
+    original = ppo_discrete.ppo_loss
+
+    def ppo_loss(*args):
+        loss, stats = original(*args)
+        return loss, stats | {"approx_kl": torch.tensor(kl)}
+
+    monkeypatch.setattr(ppo_discrete, "ppo_loss", ppo_loss)
+    tiny = {"num_envs": 1, "num_steps": 2, "num_minibatches": 1, "update_epochs": 1}
+    conftest.train(ppo_discrete, env_id="Scripted-v0", penalty_kl=0.1, total_timesteps=60, **tiny)
+    logged = [value for _, _, name, value in metrics() if name == "charts/kl_coef"]
+    assert logged[15] == pytest.approx(2.0 ** (16 if kl else -16))
+    assert logged[-5:] == pytest.approx([beta] * 5, rel=1e-3, abs=0)
+
+
 def test_x5_off_by_default(monkeypatch):
     seen = spy_coefficients(monkeypatch)
     conftest.train(ppo_discrete)

@@ -132,6 +132,8 @@ def test_track_without_wandb(error):
         ({"torch_threads": 0}, ["--torch-threads", "0"]),
         ({"seed": -1}, ["--seed", "-1", "at least 0"]),
         ({"learning_rate": -1.0}, ["--learning-rate", "-1.0"]),
+        ({"penalty_kl": 0.0}, ["--penalty-kl", "0.0", "above 0"]),
+        ({"penalty_kl": float("nan")}, ["--penalty-kl", "nan", "above 0"]),
         ({"learning_rate": float("nan")}, ["--learning-rate", "nan"]),
         ({"num_envs": 3, "num_steps": 5}, ["batch of 15", "equal minibatches"]),
         ({"num_minibatches": 1024, "num_envs": 1, "num_steps": 512}, ["512", "1024"]),
