@@ -61,6 +61,24 @@ TORCH_ACTS = {
         )
     ],
 }
+DISCRETE_ONLY = [
+    ("self.action_space = gym.spaces.MultiDiscrete(nvec)", "self.action_space = space"),
+    ("action = self.start + (action.reshape(self.shape) if self.shape else action[0])", ""),
+    (
+        'row, mask = self.all_valid.copy(), info.get("action_mask", self.action_masks())',
+        "return np.array(obs, np.float32)",
+    ),
+    ("self.all_valid.shape, np.float32)", "env.observation_space.shape, np.float32)"),
+    ("nvec = envs.single_action_space.nvec", "nvec = np.ravel(envs.single_action_space.n)"),
+    ("envs.single_observation_space.shape[0] - K * n", "envs.single_observation_space.shape[0]"),
+    ("        obs, mask = obs[..., : self.obs_dim], obs[..., self.obs_dim :]\n", ""),
+    ("logits = self.actor(obs) + mask  # [X4]", "logits = self.actor(obs)  # [X4]"),
+    ("logits=logits.unflatten(-1, self.choices)", "logits=logits"),
+    ("policy = Independent(each, 1, validate_args=False)", "policy = each"),
+    ("            obs, mask = obs[:, : self.obs_dim], obs[:, self.obs_dim :]\n", ""),
+    ("@ w3 + b3 + mask", "@ w3 + b3"),
+    ("scores.reshape(-1, *self.choices).argmax(-1)", "scores.argmax(-1)"),
+]
 KEEP_MEMORY = [
     (
         "    check_args(args)\n    train(args)",
@@ -94,6 +112,7 @@ VARIANTS = [
     ("ppo_discrete.py", "", "update not compiled", [EAGER]),
     ("ppo_discrete.py", "", "torch acts", TORCH_ACTS["ppo_discrete.py"]),
     ("ppo_discrete.py", "", "Adam not fused", [UNFUSED]),
+    ("ppo_discrete.py", "", "neither masks nor MultiDiscrete", DISCRETE_ONLY),
     ("ppo_continuous.py", "", "update not compiled", [EAGER]),
     ("ppo_continuous.py", "", "torch acts", TORCH_ACTS["ppo_continuous.py"]),
     ("ppo_continuous.py", "", "Adam not fused", [UNFUSED]),
@@ -120,7 +139,7 @@ VARIANTS = [
 @dataclasses.dataclass(frozen=True)
 class Args:
     rounds: int = 5  # runs of each copy, and of the script beside it
-    only: str = ""  # script whose variants are measured; empty: of all
+    only: str = ""  # part of the script's or variant's name; empty: all variants
 
 
 def replaced(script: str, replacements: list[tuple[str, str]]) -> str:
@@ -137,7 +156,7 @@ def main(args: Args):
     tasks = {task.script: task for task in TASKS}
     with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryDirectory() as cache:
         for script, precision, name, replacements in VARIANTS:
-            if args.only not in script:
+            if args.only not in f"{script} {precision} {name}":
                 continue
             text = replaced(script, replacements)
             copy = Path(folder) / script
