@@ -141,13 +141,19 @@ def tree_pss_kb(pid: int) -> int:
     return total + sum(tree_pss_kb(int(child)) for child in children)
 
 
-def execute(program: Program, flags: list[str], cache: str, memory: bool = False) -> Finished:
+def execute(
+    program: Program,
+    flags: list[str],
+    cache: str,
+    memory: bool = False,
+    python: str = sys.executable,
+) -> Finished:
     """Run a program in an empty folder; `cache` is where torch.compile keeps what it has made."""
     env = os.environ | {"TORCHINDUCTOR_CACHE_DIR": cache}
     env.pop("OMP_NUM_THREADS", None)
     if program.threads == "1":
         env["OMP_NUM_THREADS"] = "1"
-    command = [sys.executable, *map(str, program.command), *flags]
+    command = [python, *map(str, program.command), *flags]
     peaks, ended = [], threading.Event()
     with tempfile.TemporaryDirectory() as folder, open(Path(folder) / "output", "w+") as output:
         start = time.perf_counter()

@@ -125,8 +125,10 @@ def introduction(details: dict[str, dict]) -> str:
         if not any(tag.startswith(group) for tag in ours)
     ]
     text += f"; missing: {', '.join(missing)}" if missing else ""
-    others = [tag for tag in details if tag not in ours]
+    others = [tag for tag in details if tag not in ours and tag[0] != "H"]
     text += f".\nNot counted among them: {', '.join(others)}.\n" if others else ".\n"
+    rlhf = [tag for tag in details if tag[0] == "H"]
+    text += f"Of RLHF, {rlhf[0]} to {rlhf[-1]}, there are the {len(rlhf)} that apply.\n"
     text += "[mutations.md](mutations.md) says what a mutant is and lists those that survived.\n"
     return text
 

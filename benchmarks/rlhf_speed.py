@@ -1,0 +1,100 @@
+"""Episodes per second of an update of ppo_rlhf.py beside TRL's last PPOTrainer, run in turn.
+
+    python benchmarks/rlhf_speed.py --trl PYTHON    # of an environment with trl==1.9.0
+
+An update is what PPO repeats: write responses, score them, train on them for four epochs. Both get
+models of the same size, fresh from a random start, batches of 256, prompts of at most 12 and
+responses of at most 24 tokens, and the CPU with one thread and with the number they choose, for
+ours --torch-threads of all CPUs. The order turns round after each round. The first quarter of the
+updates does not count; nor do our first two stages, cut down to one step.
+
+Writes rlhf_speed.csv, a row for each run, and rlhf_speed.json, where it comes from and the floor:
+the time that the multiplications of the update take at the rate of one large matrix product.
+"""
+
+import dataclasses
+import datetime
+import json
+import statistics
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+import tyro
+from phases import matrix_rate
+from speed import ALL, ROOT, Program, commit_of, execute, machine, save, without_paths
+from torch.utils.flop_counter import FlopCounterMode
+
+sys.path.insert(0, str(ROOT))
+import ppo_rlhf
+
+TRL = Path(__file__).with_name("trl_run.py")
+BATCH = 256
+SHORT = ["--sft-texts", "128", "--sft-epochs", "1", "--rm-pairs", "32", "--rm-test-pairs", "32"]
+SHORT += ["--rm-epochs", "1", "--critic-warmup", "0", "--stages", "sft,rm,ppo", "--no-cuda"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Args:
+    trl: Path | None = None  # Python of an environment with trl==1.9.0
+    rounds: int = 5  # runs of each program with each number of threads
+    updates: int = 24  # of each run
+    out: Path = ROOT / "docs" / "results"  # folder of the results
+
+
+def values(metrics, name: str) -> list[tuple[int, float, float]]:
+    """(global_step, seconds, value) of a metric, the first quarter of the rows left out."""
+    rows = [(step, seconds, value) for step, seconds, key, value in metrics if key == name]
+    return rows[len(rows) // 4 :]
+
+
+def episodes_per_second(metrics) -> float:
+    rows = values(metrics, "ppo/episode")
+    return (rows[-1][0] - rows[0][0]) / (rows[-1][1] - rows[0][1])
+
+
+def floor() -> dict[str, float]:
+    """Milliseconds of an update's phases if all there was were its products, one thread."""
+    torch.set_num_threads(1)
+    args = ppo_rlhf.Args()
+    task = ppo_rlhf.TASKS[args.task]
+    agent = ppo_rlhf.Agent(task, args)
+    tokens = torch.zeros(BATCH, task.prompt_length + args.response_length, dtype=torch.long)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        agent(tokens)  # two networks
+    pass_ms = 1e3 * counter.get_total_flops() / matrix_rate(torch.device("cpu"), torch.float32)
+    # one network, each token once; three passes without, four epochs with gradients, by two
+    return {"gen": pass_ms / 2, "score": 2 * pass_ms, "train": 3 * args.update_epochs * pass_ms}
+
+
+def main(args: Args):
+    rows, episodes = [], str(args.updates * BATCH)
+    sizes = ["--batch-size", str(BATCH), "--total-episodes", episodes]
+    with tempfile.TemporaryDirectory() as cache:
+        for number in range(1, args.rounds + 1):
+            order = []
+            for threads in ("1", "default"):
+                used = ALL if threads == "default" else threads
+                command = [ROOT / "ppo_rlhf.py", *SHORT, "--torch-threads", used]
+                order.append(Program("ours", "fp32", used, command, commit_of(ROOT)))
+                if args.trl:
+                    order.append(Program("TRL", "fp32", threads, [TRL], "1.9.0"))
+            for program in order if number % 2 else reversed(order):
+                python = args.trl if program.name == "TRL" else sys.executable
+                flags = [*sizes, "--seed", str(number)]
+                run = execute(program, flags, cache, python=str(python))
+                row = {"program": program.name, "threads": program.threads, "round": number}
+                row["episodes_per_second"] = round(episodes_per_second(run.metrics), 1)
+                for name in ("time/gen", "time/score", "time/train", "perf/tokens_per_s"):
+                    found = [value for _, _, value in values(run.metrics, name)]
+                    row[name] = round(statistics.median(found), 4) if found else ""
+                save(args.out / "rlhf_speed.csv", rows, row | {"commit": program.commit})
+    origin = {"command": without_paths(sys.argv), "date": datetime.date.today().isoformat()}
+    commits = {"ours": commit_of(ROOT), "TRL": "1.9.0" if args.trl else None}
+    origin |= machine() | {"commits": commits, "floor_milliseconds": floor()}
+    (args.out / "rlhf_speed.json").write_text(json.dumps(origin, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args, description=__doc__.splitlines()[0]))

@@ -1,0 +1,101 @@
+"""The whole of ppo_rlhf.py learns: five seeds of each claim, and a small run in each suite."""
+
+import csv
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import ppo_rlhf
+from conftest import ROOT
+
+SEEDS = range(11, 16)
+
+
+def read(path):
+    """name -> values of a metrics.csv"""
+    found = {}
+    with open(path) as file:
+        for row in csv.DictReader(file):
+            found.setdefault(row["name"], []).append(float(row["value"]))
+    return {name: np.array(values) for name, values in found.items()}
+
+
+def run(folder, *flags):
+    """`python ppo_rlhf.py flags` in a new folder. Returns its metrics and its checkpoint."""
+    folder.mkdir()
+    command = [sys.executable, str(ROOT / "ppo_rlhf.py"), "--no-cuda", "--torch-threads", "1"]
+    subprocess.run([*command, *flags], cwd=folder, check=True, capture_output=True, timeout=1800)
+    (path,) = folder.glob("runs/*/metrics.csv")
+    return read(path), str(path.parent / "checkpoint.pt")
+
+
+def smooth(values, width=5):
+    return np.convolve(values, np.full(width, 1 / width), mode="valid")
+
+
+def test_end_to_end_tiny():
+    """Digits copied in order, after a short SFT: from a third to more than half."""
+    settings = {"task": "sort", "sft_texts": 12_800, "total_episodes": 2560, "eval_episodes": 256}
+    argv = [f"--{name.replace('_', '-')}={value}" for name, value in settings.items()]
+    ppo_rlhf.train(ppo_rlhf.parse_args(["--no-cuda", "--torch-threads", "1", *argv]))
+    (path,) = Path("runs").glob("*/metrics.csv")
+    exact = [read(path)[f"eval/{name}/gold/exact"][0] for name in ("sft", "ppo")]
+    assert exact[0] < 0.45
+    assert exact[1] > exact[0] + 0.15
+
+
+def all_seeds(folder):
+    """(default run, the same with --kl-coef 0, --task sort) of every seed, as many as CPUs."""
+
+    def runs(seed):
+        first, checkpoint = run(folder / f"{seed}", "--seed", str(seed))
+        flags = ("--stages", "ppo,eval", "--load", checkpoint, "--kl-coef", "0")
+        free, _ = run(folder / f"{seed}_free", *flags)
+        sorting, _ = run(folder / f"{seed}_sort", "--seed", str(seed), "--task", "sort")
+        return first, free, sorting
+
+    with ThreadPoolExecutor(os.cpu_count()) as executor:
+        return list(executor.map(runs, SEEDS))
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    return list(zip(*all_seeds(tmp_path_factory.mktemp("rlhf")), strict=True))
+
+
+@pytest.mark.slow
+def test_end_to_end_gold_rises(results):
+    gains = [m["eval/ppo/gold/score"][0] - m["eval/sft/gold/score"][0] for m in results[0]]
+    assert np.mean(gains) >= 0.85
+    assert min(gains) >= 0.6
+    for metrics in results[0]:
+        assert metrics["eval/ppo/gold/score"] > metrics["eval/best_of_4/gold/score"]
+        assert metrics["eval/ppo/missing_eos"] < 0.02
+        assert abs(metrics["objective/kl"][0]) < 1e-6
+
+
+@pytest.mark.slow
+def test_end_to_end_reward_model(results):
+    for metrics in results[0]:
+        assert metrics["rm/accuracy"] >= 0.62
+        assert metrics["rm/accuracy"] < metrics["rm/ceiling"]
+
+
+@pytest.mark.slow
+def test_end_to_end_over_optimization(results):
+    for metrics in results[1]:
+        gold, proxy = smooth(metrics["gold/score"]), smooth(metrics["objective/scores"])
+        assert gold[-1] <= gold.max() - 0.5
+        assert proxy[-1] > proxy[gold.argmax()] + 0.5
+
+
+@pytest.mark.slow
+def test_end_to_end_sort(results):
+    for metrics in results[2]:
+        assert 0.25 < metrics["eval/sft/gold/exact"] < 0.45
+        assert metrics["eval/ppo/gold/exact"] >= 0.9
