@@ -104,7 +104,7 @@ class Args:
     rm_pairs: int = 2048  # pairs of samples the reward model learns from
     rm_test_pairs: int = 1500  # further pairs it is tested on
     rm_label_temperature: float = 1.0  # noise of the labels: sigmoid(difference of gold / this)
-    rm_epochs: int = 4  # passes over the pairs; large models overfit after one [H27]
+    rm_epochs: int = 2  # passes over the pairs; more overfit, and large models after one [H27]
     rm_batch_size: int = 32  # pairs per step
     rm_learning_rate: float = 1e-3  # step size at the start, linear to zero
     rm_coef: float = 1.0  # weight of the reward model in the score; 0: there is none

@@ -22,8 +22,9 @@ INTRODUCTION = """# Performance
 
 Made by `python docs/make_performance.py` from the files in [results/](results), each written by the
 program that its section names. The machines are shared and noisy: programs run in turn, figures are
-medians, and ratios mean more than steps per second. The runs so far are one round of the small
-networks, on a machine that its neighbours slowed down."""
+medians, and ratios mean more than steps per second. Beside some of the pairs
+short tests ran, with the lowest priority; the one run from cold is of a day when the neighbours
+slowed the machine down. Not yet here: Atari beside the others, and GPUs."""
 
 PHASES = """## Where the time goes
 

@@ -1424,10 +1424,13 @@ def recorders(monkeypatch):
     runs = []
 
     def init(**settings):
+        def finish(exit_code):
+            run.finished.append(exit_code)
+
         run = SimpleNamespace(settings=settings, rows=[], defined=[], finished=[], id="recorded")
         run.log = run.rows.append
         run.define_metric = lambda *args, **kwargs: run.defined.append((args, kwargs))
-        run.finish = lambda exit_code: run.finished.append(exit_code)
+        run.finish = finish
         runs.append(run)
         return run
 
