@@ -24,6 +24,8 @@ import matplotlib.pyplot as plt
 DOCS = Path(__file__).parent
 PAGE = DOCS / "rlhf.md"
 RESULTS = DOCS / "results" / "rlhf"
+SPEED = DOCS / "results" / "rlhf_speed.json"
+PHASES = ("time/gen", "time/score", "time/train")
 MARKS = "<!-- figures, by make_rlhf.py -->\n", "<!-- end of figures -->"
 STEPS = re.compile(r"(sft|rm)/(loss|grad_norm|lr|train_accuracy)$|time/|perf/")
 COLUMNS = {  # of the evaluation, and how many digits
@@ -150,8 +152,50 @@ def figures(runs):
     lines += table(("run", "command", "commit"), *body)
     machines = "; ".join(sorted({config["machine"] for config, _ in runs}))
     versions = "; ".join(sorted({json.dumps(config["versions"]) for config, _ in runs}))
-    lines += ["", f"Machine: {machines}. Versions: `{versions}`.", "", MARKS[1]]
-    return "\n".join(lines)
+    lines += ["", f"Machine: {machines}. Versions: `{versions}`.", ""]
+    if (SPEED.with_suffix(".csv")).exists():
+        with open(SPEED.with_suffix(".csv")) as file:
+            rows = list(csv.DictReader(file))
+        lines += speed(rows, json.loads(SPEED.with_suffix(".json").read_text()))
+    return "\n".join([*lines, MARKS[1]])
+
+
+def speed(rows, origin):
+    """Medians of benchmarks/rlhf_speed.py: beside TRL, and where our time goes."""
+    groups = {}
+    for row in rows:
+        groups.setdefault((row["program"], row["threads"]), []).append(row)
+    medians = {
+        key: {
+            name: np.median([float(row[name]) for row in group if row[name]] or [np.nan])
+            for name in ("episodes_per_second", *PHASES, "perf/tokens_per_s")
+        }
+        for key, group in groups.items()
+    }
+    peers = [x["episodes_per_second"] for (name, _), x in medians.items() if name != "ours"]
+    lines = ["### Speed", "", "Made by `benchmarks/rlhf_speed.py`, which says how it measures:"]
+    lines += ["episodes per second of an update with batches of 256, medians.", ""]
+    body = [("program", "threads", "runs", "episodes/s", "times the best of TRL")]
+    for (name, threads), values in medians.items():
+        value = values["episodes_per_second"]
+        ratio = f"{value / max(peers):.2f}" if name == "ours" and peers else ""
+        body.append((name, threads, len(groups[name, threads]), f"{value:,.0f}", ratio))
+    lines += [*table(*body), ""]
+    ours = medians["ours", "1"]
+    total = sum(ours[name] for name in PHASES)
+    body = [("phase, one thread", "ms", "share", "floor, ms")]
+    for name in PHASES:
+        floor = origin["floor_milliseconds"][name.removeprefix("time/")]
+        cells = (f"{1e3 * ours[name]:,.0f}", f"{ours[name] / total:.0%}", f"{floor:,.0f}")
+        body.append((name, *cells))
+    lines += [*table(*body), "", f"{ours['perf/tokens_per_s']:,.0f} tokens of responses a second."]
+    lines += [
+        "The floor is the time of the multiplications at the rate of one large matrix product."
+    ]
+    versions = ", ".join(f"{k} {v}" for k, v in origin["versions"].items() if v)
+    commits = ", ".join(f"{k} {v[:12]}" for k, v in origin["commits"].items() if v)
+    lines += [f"Command: `{origin['command']}`, {origin['date']}, {origin['cpus']} CPUs,"]
+    return [*lines, f"{origin['cpu']}, {versions}; {commits}.", ""]
 
 
 def page(runs):

@@ -185,7 +185,7 @@ def logged(name):
 def test_defaults_of_rlhf():
     args = rlhf.Args()
     expected = {"task": "reviews", "stages": "sft,rm,ppo,eval", "temperature": 1.0}
-    expected |= {"sft_learning_rate": 3e-3, "rm_epochs": 4, "rm_learning_rate": 1e-3}
+    expected |= {"sft_learning_rate": 3e-3, "rm_epochs": 2, "rm_learning_rate": 1e-3}
     expected |= {"rm_coef": 1.0, "rm_label_temperature": 1.0, "total_episodes": 8320}
     expected |= {"batch_size": 128, "gamma": 1.0, "gae_lambda": 0.95, "kl_coef": 0.1}
     expected |= {"kl_estimator": "k1", "kl_target": None, "kl_horizon": 10_000}
