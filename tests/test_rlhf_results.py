@@ -37,6 +37,12 @@ def test_better_than_the_best_of_four():
         assert evaluated(metrics, "ppo/gold/score") > evaluated(metrics, "best_of_4/gold/score")
 
 
+def test_almost_all_responses_end_and_the_first_kl_is_0():
+    for _, metrics in DEFAULT:
+        assert evaluated(metrics, "ppo/missing_eos") < 0.02
+        assert abs(metrics["objective/kl"][0]) < 1e-6
+
+
 def test_without_the_kl_gold_falls_while_the_proxy_rises():
     for _, metrics in FREE:
         gold = make_rlhf.smooth(metrics["gold/score"])
