@@ -222,6 +222,7 @@ def plot(runs, path):
         if config["task"] == "sort":
             axes[-1].plot(metrics["ppo/episode"], metrics["gold/exact"], "C0", lw=1)
     axes[-1].set(title="sort", xlabel="episodes", ylabel="exactly right", ylim=(0, 1))
+    axes[-1].xaxis.set_major_formatter(lambda episodes, _: f"{episodes / 1000:.0f}k")
     for axis in axes:
         axis.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=100, metadata={"Software": None})
