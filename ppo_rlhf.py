@@ -311,13 +311,13 @@ class Block(nn.Module):
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # [B, heads, s, d / heads] each
         if past is not None:
             k, v = torch.cat([past[0], k], dim=2), torch.cat([past[1], v], dim=2)
-        attention = scaled_dot_product_attention(q, k, v, attn_mask=visible)
+        attention = scaled_dot_product_attention(q, k, v, attn_mask=visible)  # [H9] no dropout
         x = x + self.out(attention.transpose(1, 2).flatten(2))
         return x + self.down(gelu(self.up(self.norm2(x)))), (k, v)
 
 
 class Transformer(nn.Module):
-    """A small GPT, called and answering like the models of Hugging Face. No dropout [H9]."""
+    """A small GPT, called and answering like the models of Hugging Face."""
 
     def __init__(self, num_tokens, max_length, d_model, num_layers, num_heads):
         super().__init__()
@@ -591,10 +591,10 @@ def ppo_loss(agent, minibatch, num_tokens, clip_coef, clip_coef_high, vf_coef, c
 def ppo_gradient(agent, batch, indices, ptx_tokens, ptx_coef, micro_size, max_grad_norm, *others):
     """Leave the clipped gradient of ppo_loss for the minibatch batch[indices] in the parameters.
 
-    It is the same whatever the number of texts that go through the networks at once [H57].
+    It is the same whatever the number of texts that go through the networks at once.
     """
     minibatch, stats = [x[indices] for x in batch], {}
-    num_tokens = minibatch[-1].sum()
+    num_tokens = minibatch[-1].sum()  # [H57]
     for part in zip(*[x.split(micro_size) for x in minibatch], strict=True):
         loss, part_stats = ppo_loss(agent, part, num_tokens, *others)
         loss.backward()
@@ -643,12 +643,13 @@ def sample(args, task, policy, prompts, rng):
 
 
 def fit(args, stage, model, loss_function, rows, epochs, batch_size, learning_rate, run):
-    """Minimize loss_function(indices of rows) by AdamW; each epoch sees each row once [H27]."""
+    """Minimize loss_function(indices of rows) by AdamW, in `epochs` passes over them."""
     optimizer = torch.optim.AdamW(model.parameters(), eps=1e-5, fused=True)  # [H16]
     batches = math.ceil(rows / batch_size)
     for step in run.steps(stage, epochs * batches, optimizer):
         epoch, i = divmod(step - 1, batches)
-        order = torch.as_tensor(stream(args, stage, "epoch", epoch).permutation(rows))
+        rng = stream(args, stage, "epoch", epoch)
+        order = torch.as_tensor(rng.permutation(rows))  # [H27]
         lr = learning_rate * (1 - (step - 1) / (epochs * batches))
         optimizer.param_groups[0]["lr"] = lr  # [H17]
         optimizer.zero_grad()
@@ -831,7 +832,7 @@ def train_ppo(args, task, agent, run):
         stats = []
         for _ in range(args.update_epochs):
             order = torch.as_tensor(rng.permutation(B), device=run.device)  # [H58]
-            for indices in order.split(args.minibatch_size):  # [C6]
+            for indices in order.split(args.minibatch_size):  # [H56]
                 if args.ptx_coef and iteration > args.critic_warmup:
                     ptx_tokens = write_texts(task, ptx_size, rng, args.response_length)
                     ptx_tokens = ptx_tokens.to(run.device)

@@ -1259,6 +1259,11 @@ def test_running_moments_of_two_batches():
     assert sums == [4, 16.0, 84.0]
 
 
+def test_running_moments_of_other_numbers():
+    """Mean 3, where 3 squared is not 2 to the power of 3."""
+    assert rlhf.running_moments([0, 0.0, 0.0], torch.tensor([2.0, 4.0])) == pytest.approx((3, 1))
+
+
 @pytest.mark.parametrize("n", [1, 7, 128, 1000])
 def test_running_moments_of_equal_scores(n):
     """A variance of 0, but for rounding, in which case it might be below 0."""
@@ -1838,6 +1843,14 @@ def test_frozen_models(monkeypatch):
     assert len(groups) == 2
     for group, model in zip(groups, (agent.policy, agent.value_model), strict=True):
         assert {*map(id, group["params"])} == {*map(id, model.parameters())}
+
+
+def test_reward_model_has_no_words():
+    """A head for a number is all that its language model ends in."""
+    agent = new_agent()
+    for model in (agent.reward_model, agent.value_model):
+        assert [name for name in model.state_dict() if "lm_head" in name] == []
+    assert "model.lm_head.weight" in agent.policy.state_dict()
 
 
 def test_value_init_is_the_reward_model():
