@@ -244,7 +244,7 @@ import sys
 import mutate
 
 scripts, mutants = mutate.everything()
-kinds = {(*x.tags, x.operator): x for x in mutants}
+kinds = {(x.tags[0], x.operator): x for x in mutants}
 chosen = [kinds["C8", "sign"], kinds["C8", "extreme"], kinds["C9", "drop"], kinds["C9", "extreme"]]
 chosen += [x for x in mutants if x.new == "standard deviation of a sample, not of a population"]
 end = {x.name: [(len(x.text), len(x.text), "# harmless")] for x in scripts}

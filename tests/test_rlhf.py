@@ -241,7 +241,8 @@ def test_texts_end_in_one_eos_unless_cut_off():
 
 @pytest.mark.parametrize("task", [SORT, REVIEWS], ids=["sort", "reviews"])
 def test_texts_of_a_task_can_be_read_again(task):
-    assert PAD < 0 <= task.eos == len(set(task.words)) - 1 == task.words.index("EOS")
+    assert PAD == -1
+    assert 0 < task.eos == len(set(task.words)) - 1 == task.words.index("EOS")
     tokens = rlhf.write_texts(task, 50, np.random.default_rng(3), 24)
     rng = np.random.default_rng(3)
     for row in tokens:
@@ -643,8 +644,10 @@ def test_vocabulary_has_no_words_of_no_use(monkeypatch):
 
 
 def test_vocabulary_of_a_policy():
-    policy = fake_policy(torch.zeros(1, 4, 64), num_tokens=13)
-    assert policy(torch.zeros(2, 4, dtype=torch.long))[0].shape == (2, 4, 13)
+    table = torch.randn(2, 4, 64, generator=generator())
+    logits, cache = fake_policy(table, num_tokens=13)(torch.zeros(2, 4, dtype=torch.long))
+    assert torch.equal(logits, table[..., :13])
+    assert cache is not None
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
@@ -695,10 +698,10 @@ def test_sampler_distribution_is_the_softmax(temperature, scale):
     n, words = 4096, 200
     table = scale * torch.randn(1, 3, words, generator=generator(7))
     policy = fake_policy(table, temperature=temperature)
-    prompts = torch.zeros(n, 2, dtype=torch.long)
+    prompts = torch.ones(n, 2, dtype=torch.long)
     tokens, logprobs = rlhf.generate(policy, prompts, 2, words - 1, generator(1))
     assert tokens.shape == (n, 4)
-    assert (tokens[:, :2] == 0).all()
+    assert (tokens[:, :2] == 1).all()
     assert len(tokens[:, 2].unique()) > 150
     for column in (2, 3):
         drawn = tokens[:, column][tokens[:, column] != PAD]
@@ -861,6 +864,7 @@ def test_permutations_of_demonstrations(monkeypatch):
     assert epochs[0] != epochs[1]
     assert texts not in epochs
     assert [args[2] for args, _ in losses] == [P] * 6
+    assert [step for step, _, name, _ in metrics() if name == "sft/loss"] == [8, 16, 20, 28, 36, 40]
     assert logged("sft/loss") == pytest.approx([loss.item() for _, loss in losses], rel=1e-6)
 
 
@@ -962,6 +966,15 @@ def test_reward_norm_gain_and_bias():
     assert torch.allclose(model.head.weight, weight / 4)
     assert torch.allclose(model.head.bias, bias / 4 - 0.5)
     assert model.head.weight.requires_grad
+
+
+def test_reward_norm_of_equal_scores_is_finite():
+    """1e-8 is added to a standard deviation of 0."""
+    model = new_agent().reward_model
+    weight, bias = model.head.weight.clone(), model.head.bias.clone()
+    model.normalize(torch.tensor([2.0, 2.0]))
+    assert torch.allclose(model.head.weight, 1e8 * weight)
+    assert torch.allclose(model.head.bias, 1e8 * (bias - 2))
 
 
 def test_reward_norm_once_and_again():
@@ -1264,6 +1277,16 @@ def test_running_moments_of_other_numbers():
     assert rlhf.running_moments([0, 0.0, 0.0], torch.tensor([2.0, 4.0])) == pytest.approx((3, 1))
 
 
+def test_running_moments_of_many_large_scores():
+    """Single precision would not do for sums of squares of a million."""
+    rng, sums = np.random.default_rng(0), [0, 0.0, 0.0]
+    scores = (1000 + 0.1 * rng.normal(size=(5, 200))).astype(np.float32)
+    for batch in scores:
+        moments = rlhf.running_moments(sums, torch.as_tensor(batch))
+    exact = scores.astype(np.float64)
+    assert moments == pytest.approx((exact.mean(), exact.std()), rel=1e-6)
+
+
 @pytest.mark.parametrize("n", [1, 7, 128, 1000])
 def test_running_moments_of_equal_scores(n):
     """A variance of 0, but for rounding, in which case it might be below 0."""
@@ -1285,6 +1308,14 @@ def test_running_moments_in_a_run(monkeypatch, clip):
     assert used[1] == pytest.approx([np.clip(x, -clip, clip) for x in expected[1]], abs=1e-5)
     assert logged("objective/scores") == [2, 6]
     assert logged("objective/scores_std") == [1, 1]
+
+
+def test_running_moments_of_almost_equal_scores(monkeypatch):
+    """1e-8 is added to a standard deviation of 1e-8."""
+    scripted_scores(monkeypatch, [[0.0, 2e-8]])
+    rewards = spy(monkeypatch, rlhf, "token_rewards")
+    train(reward_clip=10.0, batch_size=2, total_episodes=2, num_minibatches=1)
+    assert rewards[0][0][0].tolist() == pytest.approx([-0.5, 0.5], abs=1e-4)
 
 
 def test_running_moments_are_not_used_by_default(monkeypatch):
@@ -1641,6 +1672,9 @@ def test_grad_clip_of_gradients_that_do_not_accumulate(monkeypatch, stage):
     train(stages=stage, max_grad_norm=1e9, **changes)
     (_, one), (_, two) = steps
     assert len(one) == len(two) > 10
+    if stage != "ppo":
+        norms = [torch.stack([grad.norm() for grad in x]).norm().item() for x in (one, two)]
+        assert logged(f"{stage}/grad_norm") == pytest.approx(norms, rel=1e-5)
     for a, b in zip(one, two, strict=True):
         assert torch.allclose(a, b, rtol=1e-3, atol=1e-5)
 
