@@ -244,7 +244,7 @@ import sys
 import mutate
 
 scripts, mutants = mutate.everything()
-kinds = {(x.tags[0], x.operator): x for x in mutants}
+kinds = {(*x.tags[:1], x.operator): x for x in mutants}
 chosen = [kinds["C8", "sign"], kinds["C8", "extreme"], kinds["C9", "drop"], kinds["C9", "extreme"]]
 chosen += [x for x in mutants if x.new == "standard deviation of a sample, not of a population"]
 end = {x.name: [(len(x.text), len(x.text), "# harmless")] for x in scripts}
@@ -272,7 +272,7 @@ def test_verdicts(tmp_path):
             assert row in text
         assert "| all | 8 | 5 | 1 | 1 | 1 |" in text
         survived, equivalent = text.split("Survived: 1")[1].split("Equivalent: 1")
-        assert survived.strip() == "- `ppo_discrete.py:600 and 3 more [C7] hand: a comment`"
+        assert survived.strip() == "- `ppo_discrete.py:600 and 4 more [C7] hand: a comment`"
         assert equivalent.split("\n")[2].endswith("[C7] hand: another`<br>None.")
 
 
