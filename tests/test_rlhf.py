@@ -1879,6 +1879,21 @@ def test_frozen_models(monkeypatch):
         assert {*map(id, group["params"])} == {*map(id, model.parameters())}
 
 
+def test_attention_by_hand():
+    """Softmax of q k / sqrt(d) over what is visible, two heads, then the network, both residual."""
+    torch.manual_seed(3)
+    block, x = rlhf.Block(8, 2).double(), torch.randn(1, 3, 8, dtype=torch.float64)
+    visible = torch.ones(3, 3, dtype=torch.bool).tril()[None, None]
+    q, k, v = block.qkv(block.norm1(x))[0].chunk(3, dim=1)
+    heads = []
+    for rows in (slice(0, 4), slice(4, 8)):
+        scores = (q[:, rows] @ k[:, rows].T / 2).masked_fill(~visible[0, 0], -torch.inf)
+        heads.append(scores.softmax(-1) @ v[:, rows])
+    y = x + block.out(torch.cat(heads, dim=1))
+    y = y + block.down(torch.nn.functional.gelu(block.up(block.norm2(y))))
+    torch.testing.assert_close(block(x, visible, None)[0], y)
+
+
 def test_reward_model_has_no_words():
     """A head for a number is all that its language model ends in."""
     agent = new_agent()
