@@ -1011,8 +1011,8 @@ class Run:
                 agent.load_state_dict(data["agent"])
             except RuntimeError as error:
                 fail(f"{path} does not fit these settings: {error}")
-        if args.resume:  # [H69]
-            self.data, self.stage, self.step = data, data["stage"], data["step"]
+        if args.resume:
+            self.data, self.stage, self.step = data, data["stage"], data["step"]  # [H69]
             self.folder = Path(args.resume).parent
             try:
                 self.metrics = open(self.folder / "metrics.csv", "r+")

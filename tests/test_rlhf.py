@@ -496,6 +496,7 @@ def test_transformer_starts_small_and_has_rows_of_no_use():
         else:
             assert (parameter == ("norm" in name and "weight" in name)).all(), name
     assert len(model.blocks) == 2
+    assert new_agent().policy.model.positions.weight.shape[0] == P + R
 
 
 @pytest.mark.parametrize(("left", "right"), [(3, 0), (8, 0), (0, 5), (3, 5), (8, 5)])
@@ -645,9 +646,11 @@ def test_vocabulary_has_no_words_of_no_use(monkeypatch):
 
 def test_vocabulary_of_a_policy():
     table = torch.randn(2, 4, 64, generator=generator())
-    logits, cache = fake_policy(table, num_tokens=13)(torch.zeros(2, 4, dtype=torch.long))
+    policy = fake_policy(table, num_tokens=13)
+    logits, cache = policy(torch.zeros(2, 4, dtype=torch.long))
     assert torch.equal(logits, table[..., :13])
-    assert cache is not None
+    assert cache is policy.model.caches[0]
+    assert not policy.model.inputs[0]["use_cache"]
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
@@ -937,6 +940,16 @@ def test_reward_at_last_token_index():
         assert rlhf.reward_scores(lambda tokens, x=other: x, tokens)[row] == scores[row]
 
 
+def test_reward_at_last_token_is_read_from_the_last_layer():
+    table = torch.randn(2, 6, 4, generator=generator())
+    language_model = FakeModel(table)
+    language_model.lm_head = nn.Linear(4, 13)
+    model = rlhf.ScalarModel(language_model)
+    nn.init.ones_(model.head.bias)
+    expected = table @ model.head.weight[0] + 1
+    assert torch.allclose(model(torch.zeros(2, 6, dtype=torch.long)), expected, atol=1e-6)
+
+
 @pytest.mark.parametrize("pads", range(6))
 def test_reward_at_last_token_whatever_follows(pads):
     model, text = new_agent().reward_model, random_tokens([9, 4], [8, 8])
@@ -1034,7 +1047,7 @@ def test_permutations_of_pairs(monkeypatch):
 
 def test_preference_labels_and_the_accuracy_by_hand(monkeypatch):
     """On the four pairs that it has not learned from, of seven; a tie counts half."""
-    args = settings(rm_pairs=3, rm_test_pairs=4, rm_label_temperature=2.0)
+    args = settings(rm_pairs=3, rm_test_pairs=4, rm_epochs=2, rm_label_temperature=2.0)
     gold_margins = np.array([5.0, 5.0, 5.0, 1.0, -1.0, -2.0, 0.0])
     pairs = (*random_tokens([9] * 14, [8] * 14).chunk(2), gold_margins)
     scores = torch.tensor([2.0, 1.0, 0.0, 3.0, 1.0, 1.0, 1.0, 0.0])
@@ -1042,11 +1055,14 @@ def test_preference_labels_and_the_accuracy_by_hand(monkeypatch):
     monkeypatch.setattr(rlhf, "preference_pairs", lambda *_: pairs)
     monkeypatch.setattr(rlhf, "fit", lambda *_: None)
     monkeypatch.setattr(rlhf, "reward_scores", lambda _, x: scored.append(x) or scores)
-    run = SimpleNamespace(step=0, numbers={}, log=lambda *_: None, warn=lambda _: None)
+    rows = []
+    run = SimpleNamespace(step=0, numbers={}, warn=lambda _: None)
+    run.log = lambda *row: rows.append(row)
     rlhf.train_rm(args, SORT, new_agent(), run)
     assert torch.equal(scored[0], torch.cat([pairs[0][3:], pairs[1][3:]]))
     expected = {"rm/accuracy": 0.625, "rm/accuracy_gold": 2.5 / 3, "rm/ceiling": 0.618994}
     assert run.numbers == pytest.approx(expected, abs=1e-6)
+    assert rows == [(args.rm_epochs * 3, run.numbers)]
 
 
 @pytest.mark.parametrize(
@@ -1968,6 +1984,19 @@ def test_step_count(monkeypatch, update_epochs, num_minibatches, micro_batch_siz
     assert {len(row) for row in rows} == {12 // num_minibatches}
     for i in range(0, len(rows), num_minibatches):
         assert sorted(chain(*rows[i : i + num_minibatches])) == [*range(12)]
+
+
+def test_step_count_each_with_a_gradient_of_its_own(monkeypatch):
+    """Nothing is left of the minibatch before, in either network."""
+    original, left = rlhf.ppo_gradient, []
+
+    def ppo_gradient(agent, *args):
+        left.extend(name for name, p in agent.named_parameters() if p.grad is not None)
+        return original(agent, *args)
+
+    monkeypatch.setattr(rlhf, "ppo_gradient", ppo_gradient)
+    train(update_epochs=2, num_minibatches=2, critic_warmup=0)
+    assert left == []
 
 
 def test_step_count_of_iterations():
