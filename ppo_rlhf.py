@@ -79,7 +79,7 @@ class Args:
     seed: int = 1  # seed of everything random
     torch_deterministic: bool = True  # only deterministic cuDNN kernels
     cuda: bool = True  # use the GPU if there is one
-    torch_threads: int = torch.get_num_threads()  # CPU threads of torch
+    torch_threads: int = 1  # CPU threads of torch; networks this small are slower with more
     checkpoint_every: int = 20  # steps of a stage between checkpoints
     track: bool = False  # log to Weights & Biases, too
     wandb_project_name: str = "ppo37"  # W&B project
