@@ -124,7 +124,7 @@ class Args:
 
     update_epochs: int = 4  # passes over the batch per rollout [H63]
     num_minibatches: int = 1  # minibatches per pass [H56]
-    micro_batch_size: int = 512  # texts per backward pass: changes memory, no result [H57]
+    micro_batch_size: int = 64  # texts per backward pass: changes speed and memory, no result [H57]
     learning_rate: float = 3e-4  # step size of AdamW at the start
     value_learning_rate: float | None = None  # that of the value model; None: the same [H38]
     anneal_lr: bool = True  # lower the learning rates linearly to zero [H17]
@@ -375,8 +375,8 @@ class Policy(nn.Module):
 
     def responses(self, tokens, prompt_length):
         """tokens [B, P + R] -> the distribution each token of a response is drawn from [B, R]"""
-        logits, _ = self(tokens)  # [H14] what comes out at one column is about the next
-        return Categorical(logits=logits[:, prompt_length - 1 : -1], validate_args=False)
+        logits, _ = self(tokens[:, :-1])  # [H14] what comes out at one column is about the next
+        return Categorical(logits=logits[:, prompt_length - 1 :], validate_args=False)
 
 
 class ScalarModel(nn.Module):
@@ -418,7 +418,7 @@ class Agent(nn.Module):
 
     def forward(self, tokens):
         """tokens [M, P + R] -> distribution of response tokens [M, R], values before them [M, R]"""
-        values = self.value_model(tokens)[:, self.prompt_length - 1 : -1]  # [H14]
+        values = self.value_model(tokens[:, :-1])[:, self.prompt_length - 1 :]  # [H14]
         return self.policy.responses(tokens, self.prompt_length), values
 
 
@@ -591,12 +591,16 @@ def ppo_loss(agent, minibatch, num_tokens, clip_coef, clip_coef_high, vf_coef, c
 def ppo_gradient(agent, batch, indices, ptx_tokens, ptx_coef, micro_size, max_grad_norm, *others):
     """Leave the clipped gradient of ppo_loss for the minibatch batch[indices] in the parameters.
 
-    It is the same whatever the number of texts that go through the networks at once.
+    It is the same whatever the number of texts that go through the networks at once. Texts of like
+    length do, without the columns that are padding in all of them.
     """
+    indices = indices[batch[-1][indices].sum(1).argsort()]
     minibatch, stats = [x[indices] for x in batch], {}
     num_tokens = minibatch[-1].sum()  # [H57]
     for part in zip(*[x.split(micro_size) for x in minibatch], strict=True):
-        loss, part_stats = ppo_loss(agent, part, num_tokens, *others)
+        padding = (~part[-1]).all(0).sum()
+        short = [x[:, : x.shape[1] - padding] for x in part]
+        loss, part_stats = ppo_loss(agent, short, num_tokens, *others)
         loss.backward()
         stats = {name: stats.get(name, 0.0) + value for name, value in part_stats.items()}
     if ptx_tokens is not None:  # [H64]
@@ -741,7 +745,8 @@ def score_function(args, task, agent, run):
         """tokens [B, P + R] -> [B]"""
         scores = torch.zeros(len(tokens), device=tokens.device)
         if args.rm_coef:
-            scores += args.rm_coef * reward_scores(agent.reward_model, tokens)
+            model, parts = agent.reward_model, tokens.split(args.micro_batch_size)
+            scores += args.rm_coef * torch.cat([reward_scores(model, x) for x in parts])
         if verifiable:
             scores += torch.as_tensor(gold_rewards(task, tokens)["score"]).to(scores)
         prompts = read_texts(task, tokens[:, : task.prompt_length])
@@ -799,9 +804,10 @@ def train_ppo(args, task, agent, run):
 
         # log-probabilities and values under the policy that acted, which is still the current one
         with torch.no_grad():
-            logprobs = response_logprobs(policy, tokens, P)  # [H65] again, as the update will
-            logratio = logprobs - response_logprobs(reference, tokens, P)
-            values = value_model(tokens)[:, P - 1 : -1] * mask
+            parts = tokens.split(args.micro_batch_size)
+            logprobs = torch.cat([response_logprobs(policy, x, P) for x in parts])  # [H65] again
+            logratio = logprobs - torch.cat([response_logprobs(reference, x, P) for x in parts])
+            values = torch.cat([value_model(x[:, :-1]) for x in parts])[:, P - 1 :] * mask
 
         # rewards: the score at the end, the KL penalty all the way
         scores = final_scores = score(tokens)

@@ -190,7 +190,7 @@ def test_defaults_of_rlhf():
     expected |= {"batch_size": 128, "gamma": 1.0, "gae_lambda": 0.95, "kl_coef": 0.1}
     expected |= {"kl_estimator": "k1", "kl_target": None, "kl_horizon": 10_000}
     expected |= {"missing_eos_penalty": -1.0, "whiten_rewards": False, "reward_clip": None}
-    expected |= {"update_epochs": 4, "num_minibatches": 1, "micro_batch_size": 512}
+    expected |= {"update_epochs": 4, "num_minibatches": 1, "micro_batch_size": 64}
     expected |= {"learning_rate": 3e-4, "value_learning_rate": None, "anneal_lr": True}
     expected |= {"norm_adv": True, "clip_coef": 0.2, "clip_coef_high": None, "clip_vloss": True}
     expected |= {"vf_coef": 0.1, "max_grad_norm": 1.0, "value_init": "rm", "critic_warmup": 5}
@@ -584,7 +584,7 @@ def test_logit_value_alignment():
     policy = fake_policy(table)
     assert rlhf.response_logprobs(policy, tokens, P).abs().max() < 1e-6
     agent = SimpleNamespace(policy=policy, prompt_length=P)
-    agent.value_model = lambda tokens: torch.arange(P + R).expand(2, -1)
+    agent.value_model = lambda tokens: torch.arange(tokens.shape[1]).expand(2, -1)
     distribution, values = rlhf.Agent.forward(agent, tokens)
     assert distribution.log_prob(tokens[:, P:]).abs().max() < 1e-6
     assert values.tolist() == [[*range(P - 1, P + R - 1)]] * 2
@@ -1624,16 +1624,17 @@ def test_microbatch_rank_invariance(ptx):
             assert value.item() == pytest.approx(other_stats[name].item(), rel=1e-5, abs=1e-7)
 
 
-def test_micro_batches_are_parts_of_the_minibatch(monkeypatch):
+def test_micro_batches_are_parts_of_the_minibatch_by_length(monkeypatch):
     agent = new_agent()
     batch = random_batch(agent, random_tokens([9, 3, 5, 4, 8, 6], [1, 8, 4, 2, 7, 3]))
     losses = spy(monkeypatch, rlhf, "ppo_loss")
-    rows = torch.tensor([5, 0, 3, 2])
+    rows = torch.tensor([5, 0, 3, 2])  # responses of 3, 1, 2 and 4 tokens
     gradients, _ = gradient(agent, batch, micro_size=3, rows=rows)
-    assert [len(args[1][0]) for args, _ in losses] == [3, 1]
-    for i, whole in enumerate(batch):
-        parts = torch.cat([args[1][i] for args, _ in losses])
-        assert torch.equal(parts, whole[rows])
+    for (args, _), rows_of_part, length in zip(losses, ([0, 3, 5], [2]), (3, 4), strict=True):
+        tokens, *others = args[1]
+        assert torch.equal(tokens, batch[0][rows_of_part, : P + length])
+        for part, whole in zip(others, batch[1:], strict=True):
+            assert torch.equal(part, whole[rows_of_part, :length])
     assert [args[2].item() for args, _ in losses] == [3 + 1 + 2 + 4] * 2
     alone, _ = gradient(agent, [x[rows] for x in batch])
     for name, grad in gradients.items():
