@@ -6,7 +6,9 @@ An update is what PPO repeats: write responses, score them, train on them for fo
 models of the same size, fresh from a random start, batches of 256, prompts of at most 12 and
 responses of at most 24 tokens, and the CPU with one thread and with the number they choose, for
 ours --torch-threads of all CPUs. The order turns round after each round. The first quarter of the
-updates does not count; nor do our first two stages, cut down to one step.
+updates does not count; nor do our first two stages, cut down to one step. Ours does not train on
+columns that are padding in all texts of a part of the batch, so its speed depends on how long the
+responses are, which is noted, too; TRL's does not.
 
 Writes rlhf_speed.csv, a row for each run, and rlhf_speed.json, where it comes from and the floor:
 the time that the multiplications of the update take at the rate of one large matrix product.
@@ -31,6 +33,7 @@ import ppo_rlhf
 
 TRL = Path(__file__).with_name("trl_run.py")
 BATCH = 256
+COLUMNS = ("time/gen", "time/score", "time/train", "perf/tokens_per_s", "response/length")
 SHORT = ["--sft-texts", "128", "--sft-epochs", "1", "--rm-pairs", "32", "--rm-test-pairs", "32"]
 SHORT += ["--rm-epochs", "1", "--critic-warmup", "0", "--stages", "sft,rm,ppo", "--no-cuda"]
 
@@ -86,7 +89,7 @@ def main(args: Args):
                 run = execute(program, flags, cache, python=str(python))
                 row = {"program": program.name, "threads": program.threads, "round": number}
                 row["episodes_per_second"] = round(episodes_per_second(run.metrics), 1)
-                for name in ("time/gen", "time/score", "time/train", "perf/tokens_per_s"):
+                for name in COLUMNS:
                     found = [value for _, _, value in values(run.metrics, name)]
                     row[name] = round(statistics.median(found), 4) if found else ""
                 save(args.out / "rlhf_speed.csv", rows, row | {"commit": program.commit})

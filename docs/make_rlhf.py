@@ -168,7 +168,7 @@ def speed(rows, origin):
     medians = {
         key: {
             name: np.median([float(row[name]) for row in group if row[name]] or [np.nan])
-            for name in ("episodes_per_second", *PHASES, "perf/tokens_per_s")
+            for name in ("episodes_per_second", *PHASES, "perf/tokens_per_s", "response/length")
         }
         for key, group in groups.items()
     }
@@ -188,10 +188,14 @@ def speed(rows, origin):
         floor = origin["floor_milliseconds"][name.removeprefix("time/")]
         cells = (f"{1e3 * ours[name]:,.0f}", f"{ours[name] / total:.0%}", f"{floor:,.0f}")
         body.append((name, *cells))
-    lines += [*table(*body), "", f"{ours['perf/tokens_per_s']:,.0f} tokens of responses a second."]
+    tokens, length = ours["perf/tokens_per_s"], ours["response/length"]
     lines += [
-        "The floor is the time of the multiplications at the rate of one large matrix product."
+        *table(*body),
+        "",
+        f"{tokens:,.0f} tokens of responses a second, {length:.1f} in each.",
     ]
+    lines += ["The floor is the time of the multiplications, padding included, at the rate of one"]
+    lines += ["large matrix product."]
     versions = ", ".join(f"{k} {v}" for k, v in origin["versions"].items() if v)
     commits = ", ".join(f"{k} {v[:12]}" for k, v in origin["commits"].items() if v)
     lines += [f"Command: `{origin['command']}`, {origin['date']}, {origin['cpus']} CPUs,"]
