@@ -35,8 +35,9 @@ GROUPS = [
     ("InvertedPendulum-v5", {}, 950, 950, ""),
     ("Pendulum-v1", {"bootstrap_truncation": True}, None, None, ""),
     ("Pendulum-v1", {"bootstrap_truncation": False}, None, None, ""),
-    ("PongNoFrameskip-v4", {"precision": "bf16"}, -18, -18, ""),
-    ("PongNoFrameskip-v4", {"precision": "fp32"}, None, None, ""),
+    ("PongNoFrameskip-v4", {"exp_name": "ppo_atari", "precision": "bf16"}, -18, -18, ""),
+    ("PongNoFrameskip-v4", {"exp_name": "ppo_atari", "precision": "fp32"}, None, None, ""),
+    ("PongNoFrameskip-v4", {"exp_name": "ppo_atari_lstm"}, None, None, ""),
     ("BreakoutNoFrameskip-v4", {}, None, None, ""),
 ]
 NOTES = {  # what sets the runs of a group apart, in words
@@ -44,6 +45,8 @@ NOTES = {  # what sets the runs of a group apart, in words
     ("bootstrap_truncation", False): "no bootstrap",
     ("precision", "bf16"): "bf16",
     ("precision", "fp32"): "fp32",
+    ("exp_name", "ppo_atari"): "no memory",
+    ("exp_name", "ppo_atari_lstm"): "with memory, bf16",
 }
 
 
@@ -54,8 +57,9 @@ episode. A score is the mean return of the last 100 training episodes of a run, 
 stochastic policy while it learns, as everywhere in the field. CleanRL's column is what it
 [publishes](https://github.com/vwxyzjn/cleanrl/tree/fe8d8a0/docs/benchmark) for its own scripts.
 Tests ask for the least score of each seed and the least mean, which is about CleanRL's less 5 % or
-its deviation; a seed below its least score is marked with an asterisk. Pong ran for 15 % of
-the default 10M steps, Breakout, a first look, for 3 %. The runs are of several commits, see below.
+its deviation; a seed below its least score is marked with an asterisk. Pong ran for 15 % of the
+default 10M steps, with memory (ppo_atari_lstm.py) for 20 %, Breakout, a first look, for 3 %. The
+runs are of several commits, see below.
 In Pendulum-v1 every episode is cut off by its time limit: with bootstrapping the task is solved,
 without it the return stays far below.
 
@@ -132,7 +136,8 @@ def select(runs, env_id, changes):
 
 def precisions(runs):
     """Pong where the shortest run ended, in a sentence."""
-    groups = {x: select(runs, "PongNoFrameskip-v4", {"precision": x}) for x in ("bf16", "fp32")}
+    pong = select(runs, "PongNoFrameskip-v4", {"exp_name": "ppo_atari"})
+    groups = {x: [run for run in pong if run[0]["precision"] == x] for x in ("bf16", "fp32")}
     until = min(config["steps"] for group in groups.values() for config, _ in group)
     scores = {
         name: " ".join(f"{last_100(metrics, until):.1f}" for _, metrics in group)
@@ -195,7 +200,7 @@ def plot(runs, path):
         axis.set_axis_off()
     for axis, task in zip(axes.flat, tasks, strict=False):
         groups = [group for group in GROUPS if group[0] == task]
-        for color, (env_id, changes, _, least, _) in zip(("C0", "C1"), groups, strict=False):
+        for color, (env_id, changes, _, least, _) in zip(("C0", "C1", "C2"), groups, strict=False):
             for number, (config, metrics) in enumerate(select(runs, env_id, changes)):
                 steps, returns = metrics["charts/episodic_return"]
                 edges = np.linspace(0, config["total_timesteps"], 51)
