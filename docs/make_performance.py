@@ -23,8 +23,7 @@ INTRODUCTION = """# Performance
 Made by `python docs/make_performance.py` from the files in [results/](results), each written by the
 program that its section names. The machines are shared and noisy: programs run in turn, figures are
 medians, and ratios mean more than steps per second. Beside some of the pairs of the first two
-scripts short tests ran, with the lowest priority; the one run from cold is of a day when the
-neighbours slowed the machine down. Nothing here is of a GPU yet."""
+scripts short tests ran, with the lowest priority. Nothing here is of a GPU yet."""
 
 PHASES = """## Where the time goes
 

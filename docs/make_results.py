@@ -214,7 +214,7 @@ def plot(runs, path):
             if least is not None:
                 axis.axhline(least, color="0.7", lw=0.8, ls="--", zorder=0)
             if changes:
-                axis.legend(frameon=False)
+                axis.legend(frameon=False, fontsize="small")
         axis.set(title=task, xlabel="steps", ylabel="episodic return")
         axis.ticklabel_format(axis="x", style="sci", scilimits=(3, 3))
         axis.spines[["top", "right"]].set_visible(False)
