@@ -195,7 +195,10 @@ def speed(rows, origin):
         f"{tokens:,.0f} tokens of responses a second, {length:.1f} in each.",
     ]
     lines += ["The floor is the time of the multiplications, padding included, at the rate of one"]
-    lines += ["large matrix product."]
+    lines += [
+        "large matrix product. The longer the responses, the less padding there is to leave out and"
+    ]
+    lines += ["the smaller our lead: TRL runs all columns."]
     versions = ", ".join(f"{k} {v}" for k, v in origin["versions"].items() if v)
     commits = ", ".join(f"{k} {v[:12]}" for k, v in origin["commits"].items() if v)
     lines += [f"Command: `{origin['command']}`, {origin['date']}, {origin['cpus']} CPUs,"]

@@ -1641,6 +1641,20 @@ def test_micro_batches_are_parts_of_the_minibatch_by_length(monkeypatch):
         assert torch.allclose(grad, alone[name], atol=1e-6), name
 
 
+def test_micro_batches_bound_what_is_scored_at_once(monkeypatch):
+    """Policy, reference, value and reward model; only the sampler has the whole batch."""
+    read, sizes = rlhf.read, {True: [], False: []}
+
+    def spied(model, tokens, cache=None, use_cache=False):
+        sizes[use_cache].append(len(tokens))
+        return read(model, tokens, cache, use_cache)
+
+    monkeypatch.setattr(rlhf, "read", spied)
+    train(stages="ppo", batch_size=12, total_episodes=12, rm_coef=1.0, micro_batch_size=5)
+    assert {*sizes[True]} == {12}
+    assert max(sizes[False]) == 5
+
+
 @pytest.mark.parametrize("size", [1, 5])
 def test_micro_batches_do_not_change_a_run(size):
     one, two = train(micro_batch_size=512), train(micro_batch_size=size)
