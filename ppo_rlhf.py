@@ -101,7 +101,7 @@ class Args:
     sft_epochs: int = 3  # passes over them
     sft_batch_size: int = 128  # demonstrations per step
     sft_learning_rate: float = 3e-3  # step size at the start, linear to zero
-    rm_pairs: int = 2048  # pairs of samples the reward model learns from
+    rm_pairs: int = 4096  # pairs of samples the reward model learns from
     rm_test_pairs: int = 1500  # further pairs it is tested on
     rm_label_temperature: float = 1.0  # noise of the labels: sigmoid(difference of gold / this)
     rm_epochs: int = 2  # passes over the pairs; more overfit, and large models after one [H27]

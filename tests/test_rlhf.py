@@ -185,9 +185,10 @@ def logged(name):
 def test_defaults_of_rlhf():
     args = rlhf.Args()
     expected = {"task": "reviews", "stages": "sft,rm,ppo,eval", "temperature": 1.0}
-    expected |= {"sft_learning_rate": 3e-3, "rm_epochs": 2, "rm_learning_rate": 1e-3}
-    expected |= {"rm_coef": 1.0, "rm_label_temperature": 1.0, "total_episodes": 8320}
-    expected |= {"batch_size": 128, "gamma": 1.0, "gae_lambda": 0.95, "kl_coef": 0.1}
+    expected |= {"sft_learning_rate": 3e-3, "rm_epochs": 2, "rm_pairs": 4096}
+    expected |= {"rm_learning_rate": 1e-3, "rm_label_temperature": 1.0, "rm_coef": 1.0}
+    expected |= {"total_episodes": 8320, "batch_size": 128}
+    expected |= {"gamma": 1.0, "gae_lambda": 0.95, "kl_coef": 0.1}
     expected |= {"kl_estimator": "k1", "kl_target": None, "kl_horizon": 10_000}
     expected |= {"missing_eos_penalty": -1.0, "whiten_rewards": False, "reward_clip": None}
     expected |= {"update_epochs": 4, "num_minibatches": 1, "micro_batch_size": 64}
