@@ -47,7 +47,8 @@ default where there is no GPU and the CPU multiplies bfloat16; `config.json` say
 
 SCALING = """## By environments, threads and steps
 
-`python benchmarks/speed.py --scaling` ([raw data](results/scaling.csv)).
+`python benchmarks/speed.py --scaling` ([raw data](results/scaling.csv)): steps per second, Atari in
+fp32. The batch is that of the defaults where it leaves 16 steps to each environment, else larger.
 
 ![steps per second over environments and over the steps of one run](results/scaling.png)"""
 
@@ -108,6 +109,20 @@ def plot(rows, path):
         column[1].xaxis.set_major_formatter(lambda steps, _: f"{steps / 1000:.0f}k")
     axes[0, 0].legend(frameon=False, fontsize="small")
     figure.savefig(path, dpi=100, metadata={"Software": None})
+
+
+def scaling_table(rows):
+    """Steps per second by environments; the tenths of the long run as shares of their median."""
+    columns = sorted({(row["script"], row["threads"]) for row in rows})
+    titles = [f"{script}, {threads} thread{'s'[: threads > 1]}" for script, threads in columns]
+    lines = [f"| environments | {' | '.join(titles)} |", "|---" * (len(columns) + 1) + "|"]
+    curves = [curve(rows, script, "num_envs", threads) for script, threads in columns]
+    for num_envs, *medians in zip(curves[0][0], *(found[1] for found in curves), strict=True):
+        lines.append(f"| {num_envs} | {' | '.join(f'{x:,.0f}' for x in medians)} |")
+    tenths = [np.array(curve(rows, script, "steps", threads)[1]) for script, threads in columns]
+    shares = [x / np.median(x) for x in tenths]
+    spreads = [f"{x.min():.2f} to {x.max():.2f}" for x in shares]
+    return [*lines, f"| tenths of one run / their median | {' | '.join(spreads)} |"]
 
 
 def phases_table(rows):
@@ -175,7 +190,7 @@ def page():
         if (RESULTS / name).exists():
             lines += ["", text, "", *table(read(name))]
     if (RESULTS / "scaling.csv").exists():
-        lines += ["", SCALING]
+        lines += ["", SCALING, "", *scaling_table(load(RESULTS / "scaling.csv"))]
     return "\n".join(lines) + "\n"
 
 

@@ -266,6 +266,29 @@ def test_curve_of_the_picture(tmp_path):
     assert make_performance.curve(rows, "s", "steps", threads=1) == ([512], [2000], [2000], [2000])
 
 
+def test_table_of_scaling(tmp_path):
+    columns = "script over threads num_envs default_batch round steps steps_per_second"
+    rows = table(
+        *(
+            ("s", "num_envs", threads, n, "True", number, 512, 1000 * threads * n + number**2)
+            for threads in (1, 2)
+            for n in (1, 16)
+            for number in (1, 2, 3)
+        ),
+        *(("s", "steps", 1, 1, "True", 1, step, 90 + step) for step in (0, 10, 110)),
+        *(("s", "steps", 2, 1, "True", 1, step, 50) for step in (0, 10, 110)),
+        columns=columns,
+    )
+    write_csv(tmp_path / "scaling.csv", rows)
+    assert make_performance.scaling_table(make_performance.load(tmp_path / "scaling.csv")) == [
+        "| environments | s, 1 thread | s, 2 threads |",
+        "|---|---|---|",
+        "| 1 | 1,004 | 2,004 |",
+        "| 16 | 16,004 | 32,004 |",
+        "| tenths of one run / their median | 0.90 to 2.00 | 1.00 to 1.00 |",
+    ]
+
+
 @pytest.mark.parametrize(("script", "precision", "name", "replacements"), variants.VARIANTS)
 def test_variants_are_other_programs(script, precision, name, replacements):
     text = variants.replaced(script, replacements)
