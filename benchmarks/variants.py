@@ -86,6 +86,33 @@ KEEP_MEMORY = [
         "    libc.mallopt(-3, 2**30)\n    libc.mallopt(-1, 2**31 - 1)\n    train(args)",
     )
 ]
+VALUES_WHILE_ACTING = [
+    ("policy, _ = frozen(", "policy, values = frozen("),
+    (
+        "            return np.argmax(logits + rng.gumbel(size=logits.shape), axis=-1)"
+        "  # ~ softmax(logits)\n",
+        "            action = np.argmax(logits + rng.gumbel(size=logits.shape), axis=-1)\n"
+        "            return action, logits[range(len(action)), action], values.cpu().numpy()\n",
+    ),
+    (
+        "    run = Run(args, device)\n    seeds",
+        "    old = np.zeros((2, T + 1, N), np.float32)\n    run = Run(args, device)\n    seeds",
+    ),
+    ("actions[t] = act(obs[t])", "actions[t], old[0, t], old[1, t] = act(obs[t])"),
+    (
+        "outputs = [agent(chunk) for chunk in batch_obs.split(M)]",
+        "old[1, T] = agent(batch_obs[-N:])[1].cpu().numpy()",
+    ),
+    ("pairs = zip(outputs, batch_actions.split(M), strict=False)", "pairs = []"),
+    (
+        "batch_logprobs = torch.cat([policy.log_prob(chunk) for (policy, _), chunk in pairs])",
+        "batch_logprobs = torch.as_tensor(old[0], device=device).flatten()",
+    ),
+    (
+        "batch_values = torch.cat([values for _, values in outputs])",
+        "batch_values = torch.as_tensor(old[1], device=device).flatten()",
+    ),
+]
 COMPILED_STEP = [
     ("optimizer.step()\n            kl = ", "step()\n            kl = "),
     ("    T, N, M = ", "    step = torch.compile(optimizer.step)\n    T, N, M = "),
@@ -129,6 +156,8 @@ VARIANTS = [
     ("ppo_discrete.py", "", "left out: Adam compiled, too", COMPILED_STEP),
     ("ppo_atari_lstm.py", "fp32", "left out: torso compiled", [COMPILED_TORSO]),
     ("ppo_atari_lstm.py", "bf16", "left out: torso compiled", [COMPILED_TORSO]),
+    ("ppo_atari.py", "fp32", "left out: values stored while acting", VALUES_WHILE_ACTING),
+    ("ppo_atari.py", "bf16", "left out: values stored while acting", VALUES_WHILE_ACTING),
     ("ppo_atari.py", "fp32", "left out: blocks of 4 x 4 pixels as channels", BLOCKS),
     ("ppo_atari.py", "bf16", "left out: blocks of 4 x 4 pixels as channels", BLOCKS),
     ("ppo_atari.py", "fp32", "left out: glibc keeps memory", KEEP_MEMORY),
