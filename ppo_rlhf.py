@@ -145,7 +145,7 @@ class Args:
 
 # defaults of --task sort: a weak SFT policy, and a reward that cannot be cheated
 SORT = dict(task="sort", response_length=8, sft_texts=44_800, sft_epochs=1, rm_coef=0.0)
-SORT |= dict(total_episodes=12_800, kl_coef=0.0, learning_rate=1e-3)
+SORT |= dict(total_episodes=19_200, kl_coef=0.0, learning_rate=1e-3)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -1027,9 +1027,7 @@ class Run:
             self.metrics.truncate(data["metrics_bytes"])  # nothing stands twice
             self.metrics.seek(0, os.SEEK_END)
         else:
-            name = f"{args.task}__{args.exp_name}__{args.seed}__{time.time_ns() // 10**6}"
-            self.folder = Path("runs") / name
-            self.folder.mkdir(parents=True)
+            self.folder = self.new_folder()
             text = json.dumps(config | origin(device), indent=2)
             (self.folder / "config.json").write_text(text + "\n")
             shutil.copy(__file__, self.folder)
@@ -1053,6 +1051,17 @@ class Run:
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self.on_signal)
 
+    def new_folder(self) -> Path:
+        """runs/{run name}, never one that exists: a millisecond later the name is another."""
+        while True:
+            args, now = self.args, time.time_ns() // 10**6
+            folder = Path("runs") / f"{args.task}__{args.exp_name}__{args.seed}__{now}"
+            try:
+                folder.mkdir(parents=True)
+                return folder
+            except FileExistsError:
+                time.sleep(0.001)
+
     def on_signal(self, number, _):
         """Stop after the step under way; a second signal does not wait for it."""
         self.signal = number
@@ -1070,8 +1079,7 @@ class Run:
         self.optimizer = optimizer
         if self.step:
             optimizer.load_state_dict(self.data["optimizer"])
-        hidden = not sys.stderr.isatty()
-        self.bar = tqdm(total=total, initial=self.step, desc=stage, unit="step", disable=hidden)
+        self.bar = tqdm(total=total, initial=self.step, desc=stage, unit="step", disable=None)
         for step in range(self.step + 1, total + 1):
             yield step
             self.step = step

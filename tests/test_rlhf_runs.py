@@ -263,6 +263,27 @@ def test_run_name(finished):
     assert 0 <= time.time() - int(match[1]) / 1000 < 600
 
 
+def test_runs_started_in_the_same_millisecond_do_not_share_a_folder(monkeypatch):
+    """And one of another seed or task gets its own name at once."""
+    now = [1_700_000_000_123_999_999]
+
+    def sleep(seconds):
+        now[0] += 10**6 // 2  # two naps until the next millisecond
+
+    monkeypatch.setattr(rlhf, "time", SimpleNamespace(time_ns=lambda: now[0], sleep=sleep))
+    changes = [{}, {}, {}, {"seed": 4}, {"task": "sort"}]
+    runs = [SimpleNamespace(args=rlhf.Args(**change)) for change in changes]
+    folders = [rlhf.Run.new_folder(run) for run in runs]
+    assert [str(folder) for folder in folders] == [
+        "runs/reviews__ppo_rlhf__1__1700000000123",
+        "runs/reviews__ppo_rlhf__1__1700000000124",
+        "runs/reviews__ppo_rlhf__1__1700000000125",
+        "runs/reviews__ppo_rlhf__4__1700000000125",
+        "runs/sort__ppo_rlhf__1__1700000000125",
+    ]
+    assert all(folder.is_dir() for folder in folders)
+
+
 def test_files(finished):
     names = {"config.json", "metrics.csv", "checkpoint.pt", "ppo_rlhf.py"}
     assert {path.name for path in finished.folder.iterdir()} == names
