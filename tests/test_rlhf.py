@@ -198,6 +198,9 @@ def test_defaults_of_rlhf():
     expected |= {"ptx_coef": 0.0, "ptx_ratio": 8}
     assert {name: getattr(args, name) for name in expected} == expected
     assert (args.minibatch_size, args.num_iterations) == (128, 65)
+    expected = {"task": "sort", "response_length": 8, "sft_texts": 44_800, "sft_epochs": 1}
+    expected |= {"rm_coef": 0.0, "total_episodes": 19_200, "kl_coef": 0.0, "learning_rate": 1e-3}
+    assert expected == rlhf.SORT
 
 
 WORDS = {word: i for i, word in enumerate(SORT.words)}

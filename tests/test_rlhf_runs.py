@@ -1435,6 +1435,16 @@ def test_progress_is_printed(finished):
     assert "step/s" not in finished.err  # no bar, as this is no terminal
 
 
+def test_bars_on_a_terminal(monkeypatch):
+    """One for each stage, up to the last of its steps."""
+    terminal = io.StringIO()
+    terminal.isatty = lambda: True
+    monkeypatch.setattr(sys, "stderr", terminal)
+    train(stages="sft,rm,ppo", sft_texts=48)
+    shown = re.findall(r"(\w+): 100%.* (\d+/\d+) \[.*step", terminal.getvalue())
+    assert dict(shown) == {"sft": "3/3", "rm": "4/4", "ppo": "4/4"}
+
+
 # ------------------------------------------------------------------------------------------------
 # Weights & Biases
 
