@@ -34,10 +34,11 @@ nothing else, and the multiplications of a phase at the rate of one large matrix
 VARIANTS = """## What it is due to
 
 `python benchmarks/variants.py` ([raw data](results/variants.csv)): steps per second of a copy of
-the script with some lines replaced, as a multiple of the script as it is, run in turn. Below 1, the
-lines that are there are worth having. What was tried and left out is marked so: it gives too little
-speed for its text. Values stored while acting would give Atari a training loop of its own, for
-the other scripts act in numpy, with the policy alone."""
+the script with some lines replaced, as a multiple of the script as it is, run in turn, on the
+machine above, in parts chosen with `--only`. Below 1, the lines that are there are worth having.
+What was tried and left out is marked so: it gives too little speed for its text. Values stored
+while acting would give Atari a training loop of its own, for the other scripts act in numpy, with
+the policy alone."""
 
 PRECISION = """## bf16
 
@@ -114,9 +115,11 @@ def plot(rows, path):
 
 def scaling_table(rows):
     """Steps per second by environments; the tenths of the long run as shares of their median."""
+    rounds = max(row["round"] for row in rows)
     columns = list(dict.fromkeys((row["script"], row["threads"]) for row in rows))
     titles = [f"{script}, {threads} thread{'s'[: threads > 1]}" for script, threads in columns]
-    lines = [f"| environments | {' | '.join(titles)} |", "|---" * (len(columns) + 1) + "|"]
+    lines = [f"Medians of rounds: {rounds}.", "", f"| environments | {' | '.join(titles)} |"]
+    lines.append("|---" * (len(columns) + 1) + "|")
     curves = [curve(rows, script, "num_envs", threads) for script, threads in columns]
     for num_envs, *medians in zip(curves[0][0], *(found[1] for found in curves), strict=True):
         lines.append(f"| {num_envs} | {' | '.join(f'{x:,.0f}' for x in medians)} |")

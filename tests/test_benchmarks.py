@@ -281,6 +281,8 @@ def test_table_of_scaling(tmp_path):
     )
     write_csv(tmp_path / "scaling.csv", rows)
     assert make_performance.scaling_table(make_performance.load(tmp_path / "scaling.csv")) == [
+        "Medians of rounds: 3.",
+        "",
         "| environments | s, 1 thread | s, 2 threads |",
         "|---|---|---|",
         "| 1 | 1,004 | 2,004 |",

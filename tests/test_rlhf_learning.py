@@ -16,7 +16,7 @@ import pytest
 import ppo_rlhf
 from conftest import ROOT
 
-SEEDS = range(31, 36)  # those of docs/rlhf.md
+SEEDS, SORT_SEEDS = range(31, 36), range(51, 56)  # those of docs/rlhf.md
 
 
 def read(path):
@@ -52,23 +52,23 @@ def test_end_to_end_tiny():
     assert exact[1] > exact[0] + 0.15
 
 
-def all_seeds(folder):
-    """(default run, the same with --kl-coef 0, --task sort) of every seed, as many as CPUs."""
-
-    def runs(seed):
-        first, checkpoint = run(folder / f"{seed}", "--seed", str(seed))
-        flags = ("--stages", "ppo,eval", "--load", checkpoint, "--kl-coef", "0")
-        free, _ = run(folder / f"{seed}_free", *flags)
-        sorting, _ = run(folder / f"{seed}_sort", "--seed", str(seed), "--task", "sort")
-        return first, free, sorting
-
+def each_seed(runs, seeds):
+    """runs(seed) for each seed, as many at a time as there are CPUs."""
     with ThreadPoolExecutor(os.cpu_count()) as executor:
-        return list(executor.map(runs, SEEDS))
+        return list(executor.map(runs, seeds))
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
-    return list(zip(*all_seeds(tmp_path_factory.mktemp("rlhf")), strict=True))
+    """Metrics of the default runs, and of the same with --kl-coef 0, of every seed."""
+    folder = tmp_path_factory.mktemp("reviews")
+
+    def runs(seed):
+        first, checkpoint = run(folder / f"{seed}", "--seed", str(seed))
+        flags = ("--stages", "ppo,eval", "--load", checkpoint, "--kl-coef", "0")
+        return first, run(folder / f"{seed}_free", *flags)[0]
+
+    return list(zip(*each_seed(runs, SEEDS), strict=True))
 
 
 @pytest.mark.slow
@@ -101,7 +101,10 @@ def test_end_to_end_over_optimization(results):
 
 
 @pytest.mark.slow
-def test_end_to_end_sort(results):
-    for metrics in results[2]:
+def test_end_to_end_sort(tmp_path):
+    def runs(seed):
+        return run(tmp_path / f"{seed}", "--seed", str(seed), "--task", "sort")[0]
+
+    for metrics in each_seed(runs, SORT_SEEDS):
         assert 0.2 < metrics["eval/sft/gold/exact"] < 0.5
-        assert metrics["eval/ppo/gold/exact"] >= 0.85
+        assert metrics["eval/ppo/gold/exact"] >= 0.9
