@@ -339,7 +339,6 @@ def train(args: Args) -> Agent:
     """Learn `args.env_id`, leave a folder under runs/ behind, return the trained agent."""
     # setup
     torch.manual_seed(args.seed)
-    rng = np.random.default_rng(args.seed)
     torch.backends.cudnn.deterministic = args.torch_deterministic
     device = torch.device("cuda" if torch.cuda.is_available() and args.cuda else "cpu")
     envs = make_envs(args)
@@ -365,6 +364,7 @@ def train(args: Args) -> Agent:
     obs[T], _ = envs.reset(seed=seeds.tolist())
     global_step = 0
     for iteration in range(1, args.num_iterations + 1):
+        rng = np.random.default_rng([args.seed, 0, iteration])  # [seed, rank, iteration]
         remaining = 1 - (iteration - 1) / args.num_iterations
         lr.fill_(args.learning_rate * (remaining if args.anneal_lr else 1))  # [C4]
         clip_coef.fill_(args.clip_coef * (remaining if args.anneal_clip else 1))  # [X1]
@@ -412,9 +412,10 @@ def train(args: Args) -> Agent:
         # update: several epochs of minibatches drawn without replacement
         batch = [x[:T] for x in (*inputs, batch_logprobs, batch_values)]  # h, c have one row
         batch += [torch.as_tensor(x, device=device) for x in (advantages, returns)]
+        orders = [rng.permutation(N) for _ in range(args.update_epochs)]  # [C6]
         stats = []
-        for _ in range(args.update_epochs):
-            for indices in torch.randperm(N, device=device).split(n):  # [C6] [L4]
+        for order in torch.as_tensor(np.stack(orders), device=device):
+            for indices in order.split(n):  # [C6] [L4]
                 optimizer.zero_grad()
                 stats.append(ppo_gradient(agent, batch, indices, args.max_grad_norm, *coefficients))
                 optimizer.step()

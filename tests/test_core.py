@@ -16,6 +16,7 @@ from torch.distributions import Categorical
 
 import conftest
 import ppo_atari
+import ppo_atari_lstm
 import ppo_continuous
 import ppo_discrete
 from conftest import far_from_initial, metrics, small_agent, spy
@@ -301,6 +302,29 @@ def test_c6_every_epoch_is_a_new_order_of_the_whole_batch(monkeypatch):
     orders = {tuple(t % 32 for t in epoch) for epoch in epochs}
     assert len(orders) == 6
     assert tuple(range(32)) not in orders
+
+
+@pytest.mark.parametrize("script", [*conftest.SCRIPTS.values(), ppo_atari_lstm])
+def test_c6_what_is_drawn_follows_from_seed_and_iteration(script, monkeypatch):
+    """A generator for each iteration, named by [seed, rank, iteration], draws the orders, too."""
+
+    class Reversing(np.random.Generator):
+        def permutation(self, n):
+            return np.arange(n)[::-1]
+
+    names = []
+    monkeypatch.setattr(
+        np.random, "default_rng", lambda x: names.append(x) or Reversing(np.random.PCG64(x))
+    )
+    gradients = spy(monkeypatch, script, "ppo_gradient")
+    loop = {"num_envs": 4, "num_steps": 2, "num_minibatches": 2, "update_epochs": 2}
+    changes = {"compile": False} if script is not ppo_atari_lstm else {}
+    plain = {"cuda": False, "torch_threads": 1, "vectorization": "sync"} | changes
+    script.train(script.Args(seed=7, total_timesteps=24, **loop, **plain))
+    assert names == [[7, 0, 1], [7, 0, 2], [7, 0, 3]]
+    drawn = [indices.tolist() for (_, _, indices, *_), _ in gradients]
+    n = 4 if script is ppo_atari_lstm else 8
+    assert sum(drawn, []) == list(range(n))[::-1] * 6
 
 
 def test_c6_a_sample_keeps_its_own_action_value_and_return(monkeypatch):
