@@ -114,23 +114,26 @@ class AtariPreprocessing(gym.Wrapper):
 
     Observation: uint8 [84, 84, 1], the last frame. Reward: -1, 0 or +1.
     An episode is one life: `reset` goes on with the game until the game is over. The true score of
-    a whole game and its length in raw frames are in `info`, recorded innermost.
+    a whole game and its length in raw frames are in `info`. The emulator is called directly:
+    Gymnasium's step would fetch every screen.
     """
 
     def __init__(self, env: gym.Env):
-        super().__init__(gym.wrappers.RecordEpisodeStatistics(env, stats_key="recorded"))
+        super().__init__(env)
         self.observation_space = gym.spaces.Box(0, 255, (84, 84, 1), np.uint8)
-        self.needs_fire = env.unwrapped.get_action_meanings()[1:2] == ["FIRE"]
-        self.screens = (None, None)  # the last two raw screens, uint8 [height, width, 3]
+        self.ale, meanings = env.unwrapped.ale, env.unwrapped.get_action_meanings()
+        self.actions = [getattr(ale_py.Action, meaning) for meaning in meanings]
+        self.needs_fire = meanings[1:2] == ["FIRE"]
+        self.screens = [np.empty(env.observation_space.shape, np.uint8) for _ in range(2)]
         self.lives, self.game_over = 0, True
 
     def reset(self, **kwargs):
-        info = self.start_life(**kwargs)
+        self.start_life(**kwargs)
         for action in (1, 2) if self.needs_fire else ():  # [A4] FIRE starts the ball
-            *_, terminated, truncated, info = self.play(action)
+            _, terminated, truncated, _ = self.play(action)
             if terminated or truncated:
-                info = self.start_life(**kwargs)
-        return self.warp(), info
+                self.start_life(**kwargs)
+        return self.warp(), {}
 
     def step(self, action):
         reward, terminated, truncated, info = self.play(action)
@@ -138,34 +141,48 @@ class AtariPreprocessing(gym.Wrapper):
 
     def start_life(self, **kwargs):
         if not self.game_over:  # [A3] a lost life continues the same game, one no-op later
-            *_, info = self.skip(0)
+            self.skip(0)
         if self.game_over:
-            screen, info = self.env.reset(**kwargs)
+            self.start_game(**kwargs)
             for _ in range(self.unwrapped.np_random.integers(1, 31)):  # [A1] 1 to 30 no-ops
-                screen, _, terminated, truncated, info = self.env.step(0)
-                if terminated or truncated:
-                    screen, info = self.env.reset(**kwargs)
-            self.screens, self.game_over = (screen, screen), False
-        self.lives = self.unwrapped.ale.lives()
-        return info
+                self.act(0)
+                if self.game_over:
+                    self.start_game(**kwargs)
+            self.look()
+            self.look()
+        self.lives = self.ale.lives()
+
+    def start_game(self, **kwargs):
+        self.env.reset(**kwargs)
+        self.score, self.length, self.game_over = 0.0, 0, False
 
     def play(self, action):
-        reward, terminated, truncated, info = self.skip(action)
-        lives = self.unwrapped.ale.lives()
+        reward, lives = self.skip(action), self.ale.lives()
+        terminated = self.ale.game_over(with_truncation=False)
         terminated = terminated or 0 < lives < self.lives  # [A3] a lost life ends the episode
         self.lives = lives
-        return reward, terminated, truncated, info
+        info = {"recorded": {"r": self.score, "l": self.length}} if self.game_over else {}
+        return reward, terminated, self.ale.game_truncated(), info
 
     def skip(self, action):
-        total_reward = 0.0
-        for _ in range(4):  # [A2] repeat the action four times, look at the last two screens
-            screen, reward, terminated, truncated, info = self.env.step(action)
-            self.screens = (self.screens[1], screen)
-            total_reward += reward
-            self.game_over = terminated or truncated
-            if self.game_over:
-                break
-        return total_reward, terminated, truncated, info
+        rewards = []
+        while len(rewards) < 4 and not self.game_over:  # [A2] repeat the action four times
+            rewards.append(self.act(action))
+            if len(rewards) > 2 or self.game_over:  # [A2] look at the last two screens
+                self.look()
+        return sum(rewards)
+
+    def act(self, action):
+        """One raw frame of the game and its reward."""
+        reward = self.ale.act(self.actions[action])
+        self.score, self.length = self.score + reward, self.length + 1
+        self.game_over = self.ale.game_over(with_truncation=True)
+        return reward
+
+    def look(self):
+        """The screen takes the place of the older of the two, uint8 [height, width, 3] each."""
+        self.screens.reverse()
+        self.ale.getScreenRGB(self.screens[1])
 
     def warp(self):
         screen = np.maximum(*self.screens)  # [A2] what flickers is on one of the two
@@ -180,13 +197,15 @@ def make_envs(args: Args) -> gym.vector.VectorEnv:
     with gym.make(args.env_id) as game:
         if not isinstance(game.unwrapped, ale_py.AtariEnv):
             raise gym.error.Error("no Atari game; use ppo_discrete.py or ppo_continuous.py")
+        if game.spec.max_episode_steps or game.spec.additional_wrappers:
+            hint = "register it with max_num_frames_per_episode"
+            raise gym.error.Error(f"wrappers and max_episode_steps would be passed by; {hint}")
     return gym.make_vec(
         args.env_id,
         num_envs=args.num_envs,  # [C1]
         vectorization_mode=args.vectorization,
         vector_kwargs={"autoreset_mode": gym.vector.AutoresetMode.SAME_STEP, "copy": False},
         wrappers=[AtariPreprocessing],
-        frameskip=1,  # ours is [A2]
     )
 
 

@@ -26,7 +26,9 @@ def merge(text: str, old: str, new: str) -> str | None:
         paths = [Path(folder) / name for name in ("text", "old", "new")]
         for path, content in zip(paths, (text, old, new), strict=True):
             path.write_text(content + "\n")
-        result = subprocess.run(["git", "merge-file", "-p", *paths], capture_output=True, text=True)
+        result = subprocess.run(
+            ["git", "merge-file", "-p", *paths], capture_output=True, text=True, check=False
+        )
     return None if result.returncode else result.stdout[:-1]
 
 

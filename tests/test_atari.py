@@ -30,7 +30,7 @@ class FakeGame(gym.Env):
 
     A frame fills the screen with one grey value, one RGB colour or a whole picture, keeps the
     lives it does not give, and ends the game by one of ENDS. The game starts with 3 lives, the
-    n-th one with a screen of shade 10n. `log` has the actions and "reset", `info` is the latest.
+    n-th one with a screen of shade 10n. `log` has the actions and "reset".
     """
 
     observation_space = gym.spaces.Box(0, 255, (210, 160, 3), np.uint8)
@@ -39,7 +39,7 @@ class FakeGame(gym.Env):
     def __init__(self, meanings=("NOOP", "FIRE", "RIGHT")):
         self.meanings, self.games = meanings, 0
         self.upcoming, self.log = collections.deque(), []
-        self.ale = types.SimpleNamespace(lives=lambda: self.frame.lives)
+        self.ale = self  # the emulator and Gymnasium's environment in one
         self.frame = Frame(end="terminated")
 
     def get_action_meanings(self):
@@ -49,23 +49,28 @@ class FakeGame(gym.Env):
         super().reset(seed=seed)
         self.games += 1
         self.log.append("reset")
-        self.info = {"seed": seed}
-        return self.show(Frame(10 * self.games % 256, lives=3)), self.info
+        self.frame = Frame(10 * self.games % 256, lives=3)
+        return None, {"seed": seed}
 
-    def step(self, action):
+    def act(self, action):
         assert not self.frame.end, "a game that is over goes on"
-        self.log.append(action)
-        repeated = self.frame._replace(reward=0.0)
-        frame = self.upcoming.popleft() if self.upcoming else repeated
+        self.log.append(self.meanings.index(action.name))
+        frame = self.upcoming.popleft() if self.upcoming else self.frame._replace(reward=0.0)
         lives = self.frame.lives if frame.lives is None else frame.lives
-        screen, self.info = self.show(frame._replace(lives=lives)), {}
-        return screen, frame.reward, *ENDS.get(frame.end, (False, False)), self.info
+        self.frame = frame._replace(lives=lives)
+        return frame.reward
 
-    def show(self, frame):
-        self.frame = frame
-        screen = np.empty(self.observation_space.shape, np.uint8)
-        screen[:] = frame.shade
-        return screen
+    def lives(self):
+        return self.frame.lives
+
+    def game_over(self, with_truncation):
+        return self.frame.end in list(ENDS)[: 1 + with_truncation]
+
+    def game_truncated(self):
+        return self.frame.end == "truncated"
+
+    def getScreenRGB(self, buffer):  # noqa: N802
+        buffer[:] = self.frame.shade
 
 
 def fake_game(*frames, start=True, meanings=("NOOP", "LEFT", "RIGHT"), seed=None):
@@ -108,6 +113,10 @@ def pictures(count):
 
 def args(env_id, **changes):
     return ppo_atari.Args(env_id=env_id, **{"vectorization": "sync", "num_envs": 2} | changes)
+
+
+def register(env_id, **game):
+    gym.register(env_id, "ale_py.env:AtariEnv", kwargs={"game": "breakout"} | game)
 
 
 def runs(log):
@@ -154,16 +163,14 @@ def test_a1_game_that_ends_in_the_last_noop_starts_with_the_next_games_screen(en
     env, game = fake_game(*[Frame(90)] * last, Frame(99, end=end), start=False)
     obs, info = env.reset(seed=0)
     assert shades(obs) == [0, 0, 0, 20]
-    assert info is game.info and info == {"seed": 0}
+    assert info == {}
     assert game.log == ["reset"] + [NOOP] * (last + 1) + ["reset"]
 
 
-def test_a1_info_and_screen_are_those_of_the_last_noop():
+def test_a1_screen_is_that_of_the_last_noop():
     frames = map(Frame, range(200, 200 - first_draw(0), -1))
-    env, game = fake_game(*frames, start=False)
-    obs, info = env.reset(seed=0)
-    assert shades(obs) == [0, 0, 0, 201 - first_draw(0)]
-    assert info is game.info
+    env, _ = fake_game(*frames, start=False)
+    assert shades(env.reset(seed=0)[0]) == [0, 0, 0, 201 - first_draw(0)]
 
 
 # ------------------------------------------------------------------------------------------------
@@ -206,6 +213,15 @@ def test_a2_observation_is_the_maximum_of_the_last_two_screens(last_four, seen):
 def test_a2_rewards_of_the_four_frames_are_added(rewards, sign):
     env, _ = fake_game(*[Frame(reward=reward) for reward in rewards])
     assert [env.step(RIGHT)[1], env.step(RIGHT)[1]] == [sign, 0]
+
+
+def test_a2_only_the_last_two_screens_are_fetched(monkeypatch):
+    """Each takes the emulator as long as a fourth of a frame."""
+    env, _ = fake_game(*map(Frame, range(50, 58)))
+    calls = conftest.spy(monkeypatch, FakeGame, "getScreenRGB")
+    assert shades(env.step(RIGHT)[0])[-1] == 53
+    assert shades(env.step(RIGHT)[0])[-1] == 57
+    assert len(calls) == 4
 
 
 @pytest.mark.parametrize("end", ENDS)
@@ -260,7 +276,7 @@ def test_a3_lost_life_ends_the_episode_but_not_the_game(frame):
     obs, info = env.reset(seed=7)
     assert game.log == [RIGHT] * 4 + [NOOP] * 4
     assert (game.frame.lives, shades(obs)) == (2, [0, 0, 0, 60])
-    assert info is game.info
+    assert info == {}
     assert not env.step(RIGHT)[2]
 
 
@@ -383,7 +399,7 @@ def test_a4_game_that_ends_in_the_fire_steps_gives_way_to_a_new_one(end, action)
     else:
         assert game.log == [NOOP] * 4 + [FIRE] * 4 + [RIGHT, *new_game]
     assert shades(obs) == [0, 0, 0, 20]
-    assert info is game.info
+    assert info == {}
     assert not env.step(NOOP)[2]
 
 
@@ -655,11 +671,55 @@ def test_four_frames_are_ours_and_sticky_actions_the_registered_ones(env_id, sti
     assert envs.num_envs == 2
     for env in envs.envs:
         assert env.unwrapped.ale.getFloat("repeat_action_probability") == stickiness
-    frames = [envs.reset(seed=[3, 4])[1]["episode_frame_number"]]
-    frames += [envs.step([NOOP, RIGHT])[-1]["episode_frame_number"] for _ in range(5)]
+    envs.reset(seed=[3, 4])
+    frames = [[env.unwrapped.ale.getEpisodeFrameNumber() for env in envs.envs]]
+    for _ in range(5):
+        envs.step([NOOP, RIGHT])
+        frames.append([env.unwrapped.ale.getEpisodeFrameNumber() for env in envs.envs])
     assert np.array_equal(np.diff(frames, axis=0), np.full((5, 2), 4))
-    assert (frames[0] > 8).all() and (frames[0] <= 38).all()  # the no-ops, FIRE and action 2
+    assert all(8 < frame <= 38 for frame in frames[0])  # the no-ops, FIRE and action 2
     envs.close()
+
+
+@pytest.mark.parametrize("script", [ppo_atari, ppo_atari_lstm])
+def test_a_game_is_cut_off_at_its_limit_of_frames(script):
+    """At 60 frames, within the four of a step: truncated, not terminated."""
+    register("SixtyFrames-v0", max_num_frames_per_episode=60)
+    envs = script.make_envs(script.Args(env_id="SixtyFrames-v0", num_envs=1, vectorization="sync"))
+    envs.reset(seed=[1])
+    ale, truncated = envs.envs[0].unwrapped.ale, False
+    while not truncated:
+        before = ale.getEpisodeFrameNumber()
+        *_, (terminated,), (truncated,), info = envs.step([NOOP])
+    assert 57 <= before < 60
+    assert not terminated
+    assert info["final_info"]["recorded"]["l"] == [60]
+    envs.close()
+
+
+def test_all_actions_of_the_full_action_space_are_played():
+    """The 18 of the controller, in ALE's order."""
+    register("AllActions-v0", full_action_space=True)
+    envs = ppo_atari.make_envs(args("AllActions-v0", num_envs=1))
+    assert envs.single_action_space.n == 18
+    (env,) = envs.envs
+    assert [action.value for action in env.actions] == list(range(18))
+    envs.close()
+
+
+@pytest.mark.parametrize("script", [ppo_atari, ppo_atari_lstm])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"max_episode_steps": 100},
+        {"additional_wrappers": (gym.wrappers.ClipReward.wrapper_spec(min_reward=0),)},
+    ],
+    ids=str,
+)
+def test_what_lies_around_the_emulator_is_refused(script, changes):
+    gym.register("Wrapped-v0", "ale_py.env:AtariEnv", kwargs={"game": "breakout"}, **changes)
+    with pytest.raises(gym.error.Error, match=r"max_episode_steps.*max_num_frames_per_episode"):
+        script.make_envs(script.Args(env_id="Wrapped-v0", vectorization="sync"))
 
 
 def test_next_episode_starts_in_the_step_that_ends_one():

@@ -324,7 +324,7 @@ def test_c6_what_is_drawn_follows_from_seed_and_iteration(script, monkeypatch):
     assert names == [[7, 0, 1], [7, 0, 2], [7, 0, 3]]
     drawn = [indices.tolist() for (_, _, indices, *_), _ in gradients]
     n = 4 if script is ppo_atari_lstm else 8
-    assert sum(drawn, []) == list(range(n))[::-1] * 6
+    assert [i for indices in drawn for i in indices] == list(range(n))[::-1] * 6
 
 
 def test_c6_a_sample_keeps_its_own_action_value_and_return(monkeypatch):
