@@ -1,0 +1,691 @@
+"""The scripts on a GPU: are they right, how fast, do they learn? Prepared for a few minutes there.
+
+    python3 benchmarks/gpu.py --call a --seconds 300 --out A      # facts, right, variants
+    python3 benchmarks/gpu.py --call b --seconds 240 --variant V --out B    # fast, learn, words
+    python benchmarks/gpu.py --device cpu --quick --out DIR       # rehearsal of all parts
+
+On a machine without network that has torch, numpy, OpenCV and tqdm, with the wheels of gymnasium,
+ale-py, mujoco, mujoco-core, glfw, pyopengl, farama-notifications, cloudpickle, tyro,
+docstring-parser and typeguard in .whl/, which git ignores, one line installs and starts it:
+
+    python3 -m pip install -q --no-index --no-deps --no-compile --target "$HOME/site" .whl/*.whl &&
+    PYTHONPATH="$HOME/site" python3 benchmarks/gpu.py --call a --seconds 300 --out "$OUT"
+
+Each part writes a table of its name with the columns script, case, metric, value, step, seconds as
+it goes, so that a cut loses one part at most. A run that fails leaves its traceback in the table,
+and the others go on. The last line counts the parts that failed and is the exit code.
+
+facts     the machine
+right     eager beside compiled, GPU beside CPU, ratio 1 at first, the same seed twice, memory, no
+          synchronization in the update, a checkpoint from the GPU read on the CPU
+variants  Atari at 8 and 64 environments, HalfCheetah at 1, by how the update is compiled: VARIANTS
+          puts other lines into a copy of the script; what is not seen to work is not in the script
+fast      by --variant: more environments, with and without GPU, the floor of random actions, and
+          LeanRL's HalfCheetah from --leanrl PATH in turn (needs tensordict 0.13.0 and pyvers)
+learn     CartPole, HalfCheetah and Pong as far as the time goes, side by side with
+words     ppo_rlhf.py as it is, and with 12 layers of 768 on 50,257 words as in the 2019 paper
+"""
+
+import contextlib
+import csv
+import dataclasses
+import json
+import os
+import shutil
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+import tyro
+from phases import Clock, load
+from speed import BAR, ROOT, SHIM, clock, commit_of, machine, reach, read_metrics, steps_per_second
+
+FIELDS = ("script", "case", "metric", "value", "step", "seconds")
+CALLS = {  # groups of parts that run side by side, and their shares of the time
+    "a": {("facts",): 1, ("right",): 4, ("variants",): 6},
+    "b": {("fast",): 6, ("learn", "words"): 6},
+}
+ATARI, CHEETAH, CARTPOLE, WORDS = (
+    f"ppo_{name}.py" for name in ("atari", "continuous", "discrete", "rlhf")
+)
+SCRIPTS = (CARTPOLE, CHEETAH, ATARI, "ppo_atari_lstm.py", WORDS)
+
+LEANRL_ATARI = 6809  # its README: steps/s of Breakout, 8 environments, one H100
+LHP_SECONDS = 16_212  # of 1M episodes on 8 V100: the code of arXiv:1909.08593, run by Huang et al.
+
+COMPILE = "fast = torch.compile(function, fullgraph=True)"
+KEPT = "gradient(agent, batch, indices, args.max_grad_norm, *coefficients)"
+STEP = "                optimizer.zero_grad()\n"
+LOG = "        # log\n"
+VARIANTS = {  # how the update is compiled: [(old text, new text), ...]
+    "eager": [],  # and --no-compile
+    "compiled": [],
+    "reduce-overhead": [
+        (COMPILE, 'fast = torch.compile(function, fullgraph=True, mode="reduce-overhead")'),
+        (KEPT, f"cloned({KEPT})"),  # the next replay overwrites what this one returns
+    ],
+    "captured": [
+        ("compiled(ppo_gradient) if", "Captured(ppo_gradient) if"),
+        (STEP, ""),  # a replay overwrites the gradient
+    ],
+}
+NO_SYNCS = [  # a synchronization between these lines is an error
+    (STEP, f'{STEP[:16]}syncs("error")\n{STEP}'),
+    (LOG, f'{LOG[:8]}syncs("default")\n{LOG}'),
+]
+
+
+@dataclasses.dataclass(frozen=True)
+class Args:
+    out: Path = Path("gpu")  # folder of the tables
+    call: str = "ab"  # the parts of call a, of call b, or of both
+    device: str = "cuda"  # or cpu, to rehearse
+    quick: bool = False  # few steps
+    seconds: float = 600.0  # of all parts together
+    variant: str = "compiled"  # of call b: the fastest of call a
+    leanrl: Path | None = None  # a clone of github.com/pytorch-labs/LeanRL
+    scripts: tuple[str, ...] = SCRIPTS  # of ours, which
+    parts: tuple[str, ...] = ()  # which; empty: all of the call
+    job: str = ""  # JSON: what a process of this program does for another one
+
+
+# ------------------------------------------------------------------------------------------------
+# Jobs: what runs in a process of its own
+
+
+def cloned(stats: dict) -> dict:
+    return {name: value.clone() for name, value in stats.items()}
+
+
+class Captured:
+    """`ppo_gradient` as one CUDA graph: captured at the first call, replayed at all others.
+
+    Batch and indices are copied to where the graph reads them. On the CPU, to rehearse this, the
+    function is called anew with the same copies.
+    """
+
+    def __init__(self, function):
+        self.function, self.source = function, None
+
+    def __call__(self, agent, batch, indices, *rest):
+        if self.source is None:
+            self.batch, self.indices = [x.clone() for x in batch], indices.clone()
+            self.replay = lambda: self.gradient(agent, *rest)
+            if indices.device.type == "cuda":
+                self.capture(agent, *rest)
+        if batch is not self.source:
+            self.source = batch
+            for copy, x in zip(self.batch, batch, strict=True):
+                copy.copy_(x)
+        self.indices.copy_(indices)
+        self.replay()
+        return cloned(self.stats)
+
+    def gradient(self, agent, *rest):
+        agent.zero_grad()
+        self.stats = self.function(agent, self.batch, self.indices, *rest)
+
+    def capture(self, agent, *rest):
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(3):
+                self.gradient(agent, *rest)
+        torch.cuda.current_stream().wait_stream(side)
+        agent.zero_grad()  # so that the graph writes gradients, not adds
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            self.stats = self.function(agent, self.batch, self.indices, *rest)
+        self.replay = graph.replay
+
+
+class DeviceClock(Clock):
+    """A phase ends when the GPU has done its part."""
+
+    def start(self, phase: str):
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        super().start(phase)
+
+
+def module_of(script: str, replacements: list, phases: Clock):
+    """The script as a module, with other lines, its phases timed by the clock."""
+    text = (ROOT / script).read_text()
+    for old, new in replacements:
+        assert text.count(old) == 1, f"{script}: {text.count(old)} times {old!r}"
+        text = text.replace(old, new)
+    Path(script).write_text(text)
+    module = load(Path(script).resolve(), phases)
+    module.cloned, module.Captured = cloned, Captured
+    module.syncs = torch.cuda.set_sync_debug_mode if torch.cuda.is_available() else str
+    return module
+
+
+def train(script: str, flags: list, variant="compiled", exact=False, strict=False, first=False):
+    """Numbers of a run in the current folder. -> dict
+
+    exact: without TF32. strict: a synchronization in the update is an error. first: with the
+    statistics of the first minibatch.
+    """
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    if exact:
+        torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+    captured, phases, gpu = [], DeviceClock(), torch.cuda.is_available()
+    if gpu:
+        torch.cuda.set_sync_debug_mode("default")
+        torch.cuda.reset_peak_memory_stats()
+        end = torch.cuda.CUDAGraph.capture_end
+        torch.cuda.CUDAGraph.capture_end = lambda graph: captured.append(1) or end(graph)
+    module = module_of(script, VARIANTS[variant] + (NO_SYNCS if strict else []), phases)
+    if script in (CARTPOLE, CHEETAH, ATARI) and variant == "eager":
+        flags = [*flags, "--no-compile"]
+    args, minibatches = module.parse_args(flags), []
+    if script != WORDS:
+        time_inside(module, phases)
+    if first:
+        watch(module, minibatches)
+    start = time.perf_counter()
+    agent = module.train(args)
+    seconds = time.perf_counter() - start
+    (folder,) = Path("runs").iterdir()
+    folder = folder.rename("finished")
+    rows = read_metrics(folder / "metrics.csv")
+    numbers = {
+        "wall_seconds": seconds,
+        "on_gpu": int(next(agent.parameters()).is_cuda),
+        "unique_graphs": torch._dynamo.utils.counters["stats"]["unique_graphs"],
+        "cuda_graphs_captured": len(captured),
+        "peak_gpu_mb": torch.cuda.max_memory_allocated() / 1e6 if gpu else 0.0,
+        "losses": {name: value for _, _, name, value in reversed(rows) if "loss" in name},
+        "minibatch": minibatches[0] if minibatches else {},
+        "weights": torch.cat([p.detach().flatten() for p in agent.parameters()]).tolist(),
+        "checkpoint_on_cpu": int(same_on_cpu(agent, folder / "checkpoint.pt")),
+    }
+    if script != WORDS:
+        ends = clock(rows)
+        numbers["steps_per_second"] = steps_per_second(rows) if len(ends) > 2 else 0.0
+        kept = phases.iterations[2:-1] or phases.iterations
+        for phase in ("environments", "acting", "rollout", "evaluation", "update"):
+            numbers[f"{phase}_ms"] = 1e3 * statistics.median(x[phase] for x in kept)
+    shutil.rmtree(folder)
+    return numbers
+
+
+def time_inside(module, phases: Clock):
+    """The steps of the environments and acting are phases of their own."""
+    make_envs, rollout_policy = module.make_envs, module.Agent.rollout_policy
+
+    def timed_envs(args):
+        envs = make_envs(args)
+        envs.step = phases.inside("environments", envs.step)
+        return envs
+
+    def timed_policy(agent, rng):
+        return phases.inside("acting", rollout_policy(agent, rng))
+
+    module.make_envs, module.Agent.rollout_policy = timed_envs, timed_policy
+
+
+def watch(module, minibatches: list):
+    """The statistics of each minibatch, eager, as numbers."""
+    gradient = module.ppo_gradient
+
+    def watched(*args):
+        stats = gradient(*args)
+        minibatches.append({name: value.item() for name, value in stats.items()})
+        return stats
+
+    module.ppo_gradient = watched
+
+
+def same_on_cpu(agent, path: Path) -> bool:
+    """Whether a checkpoint has the agent's weights, on the CPU wherever they were written."""
+    saved = torch.load(path, map_location="cpu", weights_only=True)["agent"]
+    state = agent.state_dict()
+    return saved.keys() == state.keys() and all(
+        saved[name].device.type == "cpu" and torch.equal(saved[name], value.cpu())
+        for name, value in state.items()
+    )
+
+
+def floor(script: str, flags: list, steps: int):
+    """Steps per second of the script's vector environment with random actions. -> dict"""
+    module = module_of(script, [], Clock())
+    args = module.parse_args(flags)
+    envs = module.make_envs(args)
+    envs.action_space.seed(1)
+    envs.reset(seed=list(range(args.num_envs)))
+    actions = [envs.action_space.sample() for _ in range(steps)]
+    start = time.perf_counter()
+    for action in actions:
+        envs.step(action)
+    seconds = time.perf_counter() - start
+    envs.close()
+    return {"floor_steps_per_second": steps * args.num_envs / seconds}
+
+
+def long_words(words: int, prompt_length: int, flags: list, tf32: bool):
+    """ppo_rlhf.py on prompts of random words, its PPO stage alone. -> dict of medians
+
+    The reward is the share of different words in a response: what is measured is the time.
+    """
+    torch.set_float32_matmul_precision("high" if tf32 else "highest")
+    module = module_of(WORDS, [], Clock())
+    names = [f"w{i}" for i in range(words)]
+
+    def text(rng, *_):
+        return " ".join(names[i] for i in rng.integers(words - 1, size=prompt_length))
+
+    def gold(prompt, response, ended):
+        return {"score": len(set(response.split())) / max(1, len(response.split()))}
+
+    module.TASKS["sort"] = module.Task(names, prompt_length, text, text, gold)
+    args = module.parse_args(["--task", "sort", *flags])
+    module.train_sft = lambda *_: None  # random weights
+    module.train(args)
+    (folder,) = Path("runs").iterdir()
+    rows = read_metrics(folder / "metrics.csv")
+    found = {}
+    for _, _, name, value in rows:
+        if name in ("time/gen", "time/score", "time/train"):
+            found.setdefault(name, []).append(value)
+    medians = {name: statistics.median(values[1:] or values) for name, values in found.items()}
+    update = sum(medians.values())
+    memory = torch.cuda.max_memory_allocated() / 1e6 if torch.cuda.is_available() else 0.0
+    return {
+        "seconds_per_update": update,
+        "hours_per_million_episodes": update / args.batch_size * 1e6 / 3600,
+        "peak_gpu_mb": memory,
+        **{name.replace("time/", "share_"): value / update for name, value in medians.items()},
+    }
+
+
+def several(script: str, runs: list) -> list:
+    """Some runs of `train` in this process; one that fails is its traceback, not a dict."""
+    results = []
+    for options in runs:
+        try:
+            results.append(train(script, **options))
+        except BaseException:
+            results.append(traceback.format_exc())
+        shutil.rmtree("runs", ignore_errors=True)
+    return results
+
+
+JOBS = {"train": train, "several": several, "floor": floor, "long_words": long_words}
+
+
+# ------------------------------------------------------------------------------------------------
+# Parts: each yields rows of FIELDS
+
+
+class Part:
+    """A table, the time that is left for it, and the processes that work for it."""
+
+    def __init__(self, name: str, args: Args, deadline: float):
+        self.name, self.args, self.deadline, self.failed = name, args, deadline, 0
+        self.file = open(args.out / f"{name}.csv", "w")
+        self.writer = csv.writer(self.file, lineterminator="\n")
+        self.row(*FIELDS)
+
+    def row(self, script, case, metric, value, step="", seconds=""):
+        self.writer.writerow((script, case, metric, value, step, seconds))
+        self.file.flush()
+
+    def rows(self, script, case, numbers: dict):
+        for metric, value in numbers.items():
+            self.row(script, case, metric, f"{value:.6g}")
+
+    def failure(self, script: str, case: str, text: str):
+        self.failed += 1
+        self.row(script, case, "failed", text.strip()[-3000:])
+        print(self.name, script, case, "failed:", text.strip().splitlines()[-1], flush=True)
+
+    def left(self) -> float:
+        return self.deadline - time.monotonic()
+
+    def start(self, name: str, *arguments, **options):
+        """A job in a process and a folder of its own."""
+        job = json.dumps({"name": name, "arguments": arguments, "options": options})
+        return self.process([Path(__file__).resolve(), "--device", self.args.device, "--job", job])
+
+    def process(self, command: list, **env):
+        """Python in a folder of its own, in a group that can be ended as a whole."""
+        folder = Path(tempfile.mkdtemp(prefix="gpu-"))
+        hidden = {"CUDA_VISIBLE_DEVICES": ""} if self.args.device == "cpu" else {}
+        process = subprocess.Popen(
+            [sys.executable, *map(str, command)],
+            cwd=folder,
+            env=os.environ | hidden | env,
+            stdout=open(folder / "output", "w"),
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+        process.folder = folder
+        return process
+
+    def wait(self, process) -> int:
+        """Until it ends or the time is over; then it and what it started are ended."""
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(max(0.0, self.left()))
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        return process.wait()
+
+    def result(self, process) -> dict:
+        """What a job found."""
+        status = self.wait(process)
+        output = (process.folder / "output").read_text(errors="replace")
+        path = process.folder / "result.json"
+        found = json.loads(path.read_text()) if status == 0 and path.exists() else None
+        shutil.rmtree(process.folder, ignore_errors=True)
+        if found is None:
+            raise RuntimeError(output[-3000:] + f"\nexit status {status}, {self.left():.0f} s left")
+        return found
+
+    def attempt(self, script: str, case: str, process, use):
+        """`use` the result of a job, or write down why there is none."""
+        try:
+            use(self.result(process))
+        except Exception:
+            self.failure(script, case, traceback.format_exc())
+
+
+def facts(part: Part):
+    for name, value in (machine() | {"commit": commit_of(ROOT), "memory": memory_gb()}).items():
+        part.row("", "machine", name, json.dumps(value))
+    if torch.cuda.is_available():
+        card = torch.cuda.get_device_properties(0)
+        part.row("", "machine", "gpu", card.name)
+        part.row("", "machine", "gpu_memory_gb", f"{card.total_memory / 1e9:.1f}")
+        part.row("", "machine", "cuda", torch.version.cuda)
+        driver = subprocess.run(
+            ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        part.row("", "machine", "driver", driver.stdout.strip())
+    elif part.args.device == "cuda":
+        part.failure("", "machine", "no GPU is found by torch")
+
+
+def memory_gb() -> float:
+    return round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9, 1)
+
+
+def short(script: str, args: Args, precision: str) -> list[str]:
+    """Flags of a run of three iterations."""
+    if script == WORDS:
+        small = "--sft-texts 256 --rm-pairs 128 --rm-test-pairs 64 --eval-episodes 64"
+        return f"{small} --total-episodes 192 --batch-size 64 --micro-batch-size 32".split()
+    N, T = (4, 16) if args.quick else (8, 128)
+    size = f"--num-envs {N} --num-steps {T} --total-timesteps {3 * N * T} --num-minibatches 2"
+    exact = ["--precision", precision] if "atari" in script else []
+    return [*size.split(), "--vectorization", "sync", "--torch-threads", "1", *exact]
+
+
+def right(part: Part):
+    """Every script, fp32 and for Atari bf16; on a GPU side by side."""
+    jobs = []
+    for script in part.args.scripts:
+        for precision in ("fp32", "bf16") if "atari" in script else ("fp32",):
+            flags = short(script, part.args, precision)
+            eager = {"flags": flags, "variant": "eager", "exact": True}
+            runs = [
+                eager | {"first": True},
+                eager | {"flags": [*flags, "--no-cuda"]},
+                eager | {"strict": True},
+                eager | {"variant": "compiled"},
+            ]
+            jobs.append((script, precision, part.start("several", script, runs)))
+            if part.args.device == "cpu":  # few cores
+                compare(part, *jobs.pop())
+    for job in jobs:
+        compare(part, *job)
+
+
+def compare(part: Part, script: str, precision: str, process):
+    """What the runs of `right` say of each other."""
+
+    def rows(results: list):
+        names = ("eager", "on the CPU", "without synchronization", "compiled")
+        for name, result in zip(names, results, strict=True):
+            if isinstance(result, str):
+                part.failure(script, f"{precision}, {name}", result)
+        eager, cpu, strict, fast = [x if isinstance(x, dict) else None for x in results]
+        if eager:
+            numbers = {x: eager[x] for x in ("on_gpu", "peak_gpu_mb", "checkpoint_on_cpu")}
+            for name in ("approx_kl", "clipfrac", "policy/approxkl", "policy/clipfrac"):
+                if name in eager["minibatch"]:
+                    numbers[f"first_{name.split('/')[-1]}"] = eager["minibatch"][name]
+            part.rows(script, precision, numbers)
+        if eager and cpu:
+            part.rows(script, precision, {"first_losses_off_cpu": losses_apart(eager, cpu)})
+        if eager and strict:
+            part.rows(script, precision, {"same_seed_weights_apart": weights_apart(eager, strict)})
+            part.rows(script, precision, {"no_synchronization": strict["on_gpu"]})
+        if eager and fast and script in (CARTPOLE, CHEETAH, ATARI):
+            part.rows(script, precision, {"compiled_weights_apart": weights_apart(eager, fast)})
+            part.rows(script, precision, {"unique_graphs": fast["unique_graphs"]})
+
+    part.attempt(script, precision, process, rows)
+
+
+def losses_apart(a: dict, b: dict) -> float:
+    """Largest relative difference of the first iteration's losses, absolute below 1."""
+    pairs = [(x, b["losses"][name]) for name, x in a["losses"].items()]
+    return max(abs(x - y) / max(1.0, abs(y)) for x, y in pairs)
+
+
+def weights_apart(a: dict, b: dict) -> float:
+    return max(abs(x - y) for x, y in zip(a["weights"], b["weights"], strict=True))
+
+
+def sized(script: str, num_envs: int, iterations: int, args: Args, *more: str) -> list[str]:
+    """Flags of a run of some iterations with the script's number of steps."""
+    steps = {CARTPOLE: 128, CHEETAH: 2048 // num_envs, ATARI: 128}[script]
+    if args.quick:
+        steps, iterations, more = 16, 4, (*more, "--num-minibatches", "2")
+    total = ("--total-timesteps", iterations * steps * num_envs)
+    flags = ("--num-envs", num_envs, "--num-steps", steps, *total, *more)
+    return [str(flag) for flag in flags]
+
+
+def variants(part: Part):
+    """How the update is compiled decides; one run after the other."""
+    quick, cases = part.args.quick, ((ATARI, 8, 30), (CHEETAH, 1, 16), (ATARI, 64, 6))
+    for script, num_envs, iterations in cases[: 2 if quick else 3]:
+        if script not in part.args.scripts:
+            continue
+        for precision in ("fp32", "bf16")[: 1 if quick else 2] if script == ATARI else ("",):
+            more = ("--precision", precision) if precision else ()
+            flags = sized(script, num_envs, iterations, part.args, *more)
+            for variant in VARIANTS:
+                measure(part, script, f"{num_envs} {variant} {precision}".strip(), flags, variant)
+        random_actions(part, script, num_envs)
+
+
+def measure(part: Part, script: str, case: str, flags: list, variant: str):
+    """One run: its speed, phases, memory and what ran."""
+
+    def rows(numbers: dict):
+        graphs, captured = numbers["unique_graphs"], numbers["cuda_graphs_captured"]
+        needs = {"eager": True, "compiled": graphs, "reduce-overhead": captured and graphs}
+        numbers["shown"] = int(bool(needs.get(variant, captured)))
+        for name in ("losses", "minibatch", "weights", "checkpoint_on_cpu"):
+            del numbers[name]
+        part.rows(script, case, numbers)
+
+    process = part.start("train", script, flags, variant=variant)
+    part.attempt(script, case, process, rows)
+
+
+def random_actions(part: Part, script: str, num_envs: int):
+    flags = sized(script, num_envs, 1, part.args)
+    process = part.start("floor", script, flags, 20 if part.args.quick else 1000)
+    part.attempt(script, f"{num_envs}", process, lambda found: part.rows(script, num_envs, found))
+
+
+def fast(part: Part):
+    """By the variant that call a found: more environments, without the GPU, beside LeanRL."""
+    cases = [(CHEETAH, 1, 16), (CHEETAH, 1, 16), (CARTPOLE, 4, 100), (CARTPOLE, 128, 20)]
+    cases += [(CHEETAH, 16, 16), (ATARI, 16, 12), (ATARI, 128, 16)]
+    done = set()
+    for script, num_envs, iterations in cases[:4] if part.args.quick else cases:
+        if script not in part.args.scripts:
+            continue
+        again = (script, num_envs) in done
+        done.add((script, num_envs))
+        flags = sized(script, num_envs, iterations, part.args)
+        name = f"{num_envs}{' again' if again else ''}"
+        measure(part, script, f"{name} {part.args.variant}", flags, part.args.variant)
+        if script != ATARI:
+            measure(part, script, f"{name} no-cuda", [*flags, "--no-cuda"], "compiled")
+        if script == CHEETAH and num_envs == 1 and part.args.leanrl:
+            leanrl(part, name, iterations)
+        if not again:
+            random_actions(part, script, num_envs)
+    part.row(ATARI, "LeanRL, published", "steps_per_second", LEANRL_ATARI)
+
+
+def leanrl(part: Part, name: str, iterations: int):
+    script = part.args.leanrl.resolve() / "leanrl" / "ppo_continuous_action_torchcompile.py"
+    flags = ["--env-id", "HalfCheetah-v5", "--total-timesteps", iterations * 2048]
+    flags += ["--compile", "--cudagraphs"] if part.args.device == "cuda" else ["--no-cuda"]
+    case = f"{name} LeanRL"
+    process = part.process([SHIM, script, *flags])
+    status = part.wait(process)
+    try:
+        (path,) = process.folder.glob("runs/**/metrics.csv")
+        assert status == 0, f"exit status {status}"
+        part.rows(CHEETAH, case, {"steps_per_second": steps_per_second(read_metrics(path))})
+    except Exception:
+        output = (process.folder / "output").read_text(errors="replace")
+        part.failure(CHEETAH, case, output + traceback.format_exc())
+    shutil.rmtree(process.folder, ignore_errors=True)
+
+
+def learn(part: Part):
+    """The scripts as they are, until the time is over: returns over steps and seconds."""
+    runs = [
+        (CARTPOLE, "CartPole-v1", 500_000),
+        (CHEETAH, "HalfCheetah-v5", 1_000_000),
+        (ATARI, "PongNoFrameskip-v4", 10_000_000),
+    ]
+    processes = []
+    for script, env_id, steps in runs:
+        if script in part.args.scripts:
+            total = 4096 if part.args.quick else steps
+            flags = ["--env-id", env_id, "--total-timesteps", total]
+            processes.append((script, env_id, part.process([ROOT / script, *flags])))
+            if part.args.device == "cpu":  # few cores
+                curve(part, *processes.pop())
+    for process in processes:
+        curve(part, *process)
+
+
+def curve(part: Part, script: str, env_id: str, process):
+    """Twenty points of a run that has ended, or was ended where it was."""
+    status = part.wait(process)
+    try:
+        assert status in (0, -signal.SIGKILL), f"exit status {status}"
+        (path,) = process.folder.glob("runs/**/metrics.csv")
+        rows = read_metrics(path)
+        returns = [row for row in rows if row[2] == "charts/episodic_return"]
+        for i in range(len(returns) - 1, -1, -max(1, len(returns) // 20)):
+            last = [row[3] for row in returns[max(0, i - 99) : i + 1]]
+            step, seconds, *_ = returns[i]
+            part.row(script, env_id, "mean_return", f"{statistics.fmean(last):.6g}", step, seconds)
+        if env_id == "CartPole-v1" and reach(rows, BAR):
+            step, seconds = reach(rows, BAR)
+            part.row(script, env_id, f"reaches_{BAR}", 1, step, seconds)
+        step, seconds = clock(rows)[-1]
+        part.row(script, env_id, "steps_per_second", f"{step / seconds:.6g}", step, seconds)
+    except Exception:
+        output = (process.folder / "output").read_text(errors="replace")
+        part.failure(script, env_id, output + traceback.format_exc())
+    shutil.rmtree(process.folder, ignore_errors=True)
+
+
+def words(part: Part):
+    """ppo_rlhf.py: the default run, then a model of GPT-2's size in fp32 and with TF32."""
+    if WORDS not in part.args.scripts:
+        return
+    default = part.process(
+        [ROOT / WORDS, *(short(WORDS, part.args, "") if part.args.quick else [])]
+    )
+    since = time.monotonic()
+    status = part.wait(default)
+    try:
+        assert status == 0, f"exit status {status}"
+        (path,) = default.folder.glob("runs/**/metrics.csv")
+        rows = [row for row in read_metrics(path) if row[2] == "eval/ppo/gold/score"]
+        part.rows(WORDS, "default", {"wall_seconds": time.monotonic() - since, "gold": rows[-1][3]})
+    except Exception:
+        output = (default.folder / "output").read_text(errors="replace")
+        part.failure(WORDS, "default", output + traceback.format_exc())
+    shutil.rmtree(default.folder, ignore_errors=True)
+    size = (50_257, 64, "--d-model 768 --num-layers 12 --num-heads 12 --response-length 24")
+    loop = "--batch-size 512 --update-epochs 4 --total-episodes 1536 --micro-batch-size 128"
+    if part.args.quick:
+        size = (500, 8, "--d-model 32 --num-layers 2 --num-heads 2 --response-length 6")
+        loop = "--batch-size 16 --update-epochs 2 --total-episodes 48"
+    flags = f"{size[2]} {loop} --sft-texts 128 --eval-episodes 64 --stages sft,ppo".split()
+    for case, tf32 in (("fp32", False), ("TF32", True)):
+        process = part.start("long_words", size[0], size[1], flags, tf32)
+        part.attempt(WORDS, case, process, lambda x, case=case: part.rows(WORDS, case, x))
+    part.row(WORDS, "8 V100, published", "hours_per_million_episodes", f"{LHP_SECONDS / 3600:.3g}")
+
+
+PARTS = {x.__name__: x for x in (facts, right, variants, fast, learn, words)}
+
+
+def run(name: str, args: Args, deadline: float) -> bool:
+    """One part. Returns whether something in it failed."""
+    part = Part(name, args, deadline)
+    try:
+        PARTS[name](part)
+    except Exception:
+        part.failure("", "", traceback.format_exc())
+    part.file.close()
+    return part.failed > 0
+
+
+def main(args: Args) -> int:
+    """The parts that are asked for. Returns how many of them failed."""
+    args.out.mkdir(parents=True, exist_ok=True)
+    shares = {k: v for call in CALLS if call in args.call for k, v in CALLS[call].items()}
+    if args.parts:
+        shares = {k: v for k, v in shares.items() if set(k) & set(args.parts)}
+    failed, end = 0, time.monotonic() + args.seconds
+    while shares:
+        names, share = next(iter(shares.items()))
+        names = [name for name in names if not args.parts or name in args.parts]
+        now = time.monotonic()
+        deadline = now + (end - now) * share / sum(shares.values())
+        with ThreadPoolExecutor() as pool:
+            failed += sum(pool.map(lambda name, d=deadline: run(name, args, d), names))
+        del shares[next(iter(shares))]
+    print(f"{failed} parts failed")
+    return failed
+
+
+def work(job: str):
+    """What `Part.start` asks for; the result is a file."""
+    job = json.loads(job)
+    found = JOBS[job["name"]](*job["arguments"], **job["options"])
+    Path("result.json").write_text(json.dumps(found))
+
+
+if __name__ == "__main__":
+    arguments = tyro.cli(Args)
+    sys.exit(work(arguments.job) if arguments.job else main(arguments))
