@@ -62,6 +62,13 @@ def test_installed_packages_are_the_required_ones():
             assert version(name.split("[")[0]).split("+")[0] == pin, line
 
 
+@pytest.mark.xdist_group("anything")
+def test_groups_reach_the_scheduler(request):
+    """As the end of a test's id. Without them several processes would do what one does once."""
+    is_worker = hasattr(request.config, "workerinput")
+    assert request.node.nodeid.endswith("@anything") == is_worker
+
+
 def test_links_lead_to_files():
     for target in re.findall(r"\]\(([^)h][^)]*)\)", README):
         assert (ROOT / target).exists(), target
