@@ -19,6 +19,7 @@ ROOT = Path(__file__).parent.parent
 SCRIPTS = {"discrete": ppo_discrete, "continuous": ppo_continuous, "atari": ppo_atari}
 
 os.environ["TORCHDYNAMO_DISABLE"] = "1"  # torch.compile does nothing, but in test_compile.py
+os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that tests start; many run side by side
 
 gym.register("Scripted-v0", "envs:Scripted")
 gym.register("ScriptedBox-v0", "envs:ScriptedBox")
@@ -26,6 +27,13 @@ gym.register("Guess-v0", "envs:Guess")
 gym.register("GuessPicture-v0", "envs:GuessPicture")
 gym.register("MaskedGuess-v0", "envs:MaskedGuess")
 gym.register("Target-v0", "envs:Target")
+
+LAST = ["test_readme", "test_compile", "test_rlhf_learning", "test_learning"]
+
+
+def pytest_collection_modifyitems(items):
+    """What takes longest comes last, and what learns comes after all the rest."""
+    items.sort(key=lambda item: LAST.index(item.path.stem) if item.path.stem in LAST else -1)
 
 
 @pytest.fixture(params=SCRIPTS)

@@ -362,7 +362,8 @@ def fork(folder: Path, tests: list[str], *flags: str, names=("",)) -> int:
             os.dup2(os.open(file, os.O_RDWR | os.O_CREAT | os.O_APPEND), number)
         os.chdir(folder)
         del sys.modules["make_details"]
-        flags += ("-q", "-p", "no:cacheprovider", f"--rootdir={folder}", f"--basetemp={folder}/tmp")
+        flags += ("-q", "-n0", "-p", "no:cacheprovider")  # in this process
+        flags += (f"--rootdir={folder}", f"--basetemp={folder}/tmp")
         recorder = Recorder(folder / "record.json", names)
         status = importlib.import_module("pytest").main([*flags, *tests], plugins=[recorder])
     except BaseException:

@@ -128,6 +128,7 @@ def logged(folder, *flags, stderr="", **env):
     return [(step, name, x) for step, _, name, x in metrics(folder) if name != "charts/SPS"]
 
 
+@pytest.mark.xdist_group("eager_rows")
 @pytest.mark.parametrize("compiler", [None, BROKEN_COMPILER], ids=["none", "broken"])
 def test_without_a_compiler_a_run_is_slower_and_says_so(compiler, eager_rows, tmp_path):
     """One line on stderr, and the metrics of --no-compile."""

@@ -154,13 +154,10 @@ def test_c4_learning_rate_falls_linearly_once_an_iteration(monkeypatch):
     assert ppo_discrete.Args().num_iterations == 976
     steps = spy_steps(monkeypatch)
     tiny = {"num_envs": 1, "num_steps": 2, "num_minibatches": 2, "update_epochs": 1}
-    conftest.train(ppo_discrete, env_id="Scripted-v0", total_timesteps=2 * 976, **tiny)
+    conftest.train(ppo_discrete, env_id="Scripted-v0", total_timesteps=2 * 50, **tiny)
     rates = [lr for lr, *_ in steps]
     assert rates[::2] == rates[1::2]  # both minibatches of an iteration
-    assert len(rates) == 2 * 976
-    assert rates[0] == pytest.approx(2.5e-4)
-    assert rates[2 * 488] == pytest.approx(1.25e-4)
-    assert rates[-1] == pytest.approx(2.5e-4 / 976, rel=1e-4)
+    assert rates[::2] == pytest.approx([2.5e-4 * left / 50 for left in range(50, 0, -1)])
     logged = [value for _, _, name, value in metrics() if name == "charts/learning_rate"]
     assert logged == pytest.approx(rates[::2])
 

@@ -55,18 +55,18 @@ def test_atari_learns_to_name_what_it_sees(monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", [1, 2])
 @pytest.mark.parametrize(
     ("script", "env_id", "steps", "bound"),
     [
+        ("continuous", "HalfCheetah-v5", 300_000, 500),
         ("discrete", "CartPole-v1", 500_000, 475),
         ("discrete", "Acrobot-v1", 250_000, -110),
-        ("continuous", "InvertedPendulum-v5", 200_000, 200),
-        ("continuous", "HalfCheetah-v5", 300_000, 500),
+        ("continuous", "InvertedPendulum-v5", 100_000, 200),
     ],
 )
-def test_learns_with_the_defaults(script, env_id, steps, bound, seed):
-    flags = ("--env-id", env_id, "--seed", str(seed), "--total-timesteps", str(steps))
+def test_learns_with_the_defaults(script, env_id, steps, bound):
+    """One seed of each; docs/results.md has more, which all went far beyond the bound."""
+    flags = ("--env-id", env_id, "--total-timesteps", str(steps))
     env = {name: value for name, value in os.environ.items() if name != "TORCHDYNAMO_DISABLE"}
     assert conftest.command_line(script, *flags, timeout=1800, env=env).returncode == 0
     assert last_returns() > bound

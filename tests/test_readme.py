@@ -27,8 +27,9 @@ def test_training_command(command):
     """Word for word, for a few steps, in a folder that holds nothing but the scripts."""
     for path in ROOT.glob("ppo_*.py"):
         shutil.copy(path, ".")
+    steps = 1024 if "atari" in command else 2048
     done = subprocess.run(
-        f"{command} {SHORT if 'rlhf' in command else '--total-timesteps 2048'}",
+        f"{command} {SHORT if 'rlhf' in command else f'--total-timesteps {steps}'}",
         shell=True,
         check=False,
         capture_output=True,
@@ -37,7 +38,8 @@ def test_training_command(command):
         env={**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"},
     )
     assert done.returncode == 0, done.stderr
-    assert ("   256 episodes" if "rlhf" in command else "2,048 of 2,048 steps") in done.stdout
+    end = "   256 episodes" if "rlhf" in command else f"{steps:,} of {steps:,} steps"
+    assert end in done.stdout
     (run,) = (path.parent for path in Path("runs").glob("**/config.json"))
     files = {"config.json", "metrics.csv", "checkpoint.pt", re.search(r"ppo_\w+\.py", command)[0]}
     assert {path.name for path in run.iterdir()} == files
@@ -58,6 +60,13 @@ def test_installed_packages_are_the_required_ones():
         if not line.startswith("#"):
             name, pin = line.split("==")
             assert version(name.split("[")[0]).split("+")[0] == pin, line
+
+
+@pytest.mark.xdist_group("anything")
+def test_groups_reach_the_scheduler(request):
+    """As the end of a test's id. Without them several processes would do what one does once."""
+    is_worker = hasattr(request.config, "workerinput")
+    assert request.node.nodeid.endswith("@anything") == is_worker
 
 
 def test_links_lead_to_files():

@@ -422,12 +422,14 @@ def untracked(tmp_path_factory):
     return folder, command_line("discrete", *flags, cwd=folder, env=env)
 
 
+@pytest.mark.xdist_group("untracked")
 def test_wandb_is_not_imported_without_track(untracked):
     folder, process = untracked
     assert process.returncode == 0, process.stderr
     assert len(list(folder.glob("runs/*/checkpoint.pt"))) == 1
 
 
+@pytest.mark.xdist_group("untracked")
 def test_plain_lines_when_piped(untracked):
     """No bar; the last lines are the state at the end and the folder."""
     folder, process = untracked
@@ -461,7 +463,7 @@ def test_bar_on_a_terminal(tmp_path):
     """Steps, return of the last episodes, speed and time left; no plain lines beside it."""
     terminal, child_side = pty.openpty()
     termios.tcsetwinsize(child_side, (24, 120))
-    command = [sys.executable, ROOT / "ppo_discrete.py", "--total-timesteps", "8192", "--no-cuda"]
+    command = [sys.executable, ROOT / "ppo_discrete.py", "--total-timesteps", "2048", "--no-cuda"]
     with open(tmp_path / "stdout", "w") as stdout:
         process = subprocess.Popen(command, cwd=tmp_path, stdout=stdout, stderr=child_side)
     os.close(child_side)
@@ -472,7 +474,7 @@ def test_bar_on_a_terminal(tmp_path):
     os.close(terminal)
     assert process.wait() == 0, shown
     last = shown.decode().replace("\n", "\r").strip("\r").split("\r")[-1]
-    pattern = r"100%.*8192/8192 \[\d\d:\d\d<\d\d:\d\d, +[\d.]+k?step/s, return [\d.]+\]"
+    pattern = r"100%.*2048/2048 \[\d\d:\d\d<\d\d:\d\d, +[\d.]+k?step/s, return [\d.]+\]"
     assert re.search(pattern, last), shown
     assert (tmp_path / "stdout").read_text().startswith("written to runs/")
 
