@@ -3,7 +3,7 @@
     python docs/make_performance.py
 
 A section stands on the page once its file is there: speed.md and scaling.csv are written by
-benchmarks/speed.py, phases.csv, variants.csv and precision.csv by the programs of these names.
+benchmarks/speed.py, the tables of gpu/ by benchmarks/gpu.py, each other by the program of its name.
 """
 
 import csv
@@ -22,8 +22,9 @@ INTRODUCTION = """# Performance
 
 Made by `python docs/make_performance.py` from the files in [results/](results), each written by the
 program that its section names. The machines are shared and noisy: programs run in turn, figures are
-medians, and ratios mean more than steps per second. Beside some of the pairs of the first two
-scripts short tests ran, with the lowest priority. Nothing here is of a GPU yet."""
+medians, and ratios mean more than steps per second."""
+
+NO_GPU = "Nothing here is of a GPU yet: none of it has been seen on one."
 
 PHASES = """## Where the time goes
 
@@ -46,6 +47,20 @@ PRECISION = """## bf16
 for the same minibatch and weights in both precisions. With `--precision bf16` the convolutions and
 the layer after them multiply in bfloat16; weights, heads, loss and Adam stay in float32. It is the
 default where there is no GPU and the CPU multiplies bfloat16; `config.json` says which ran."""
+
+ENVIRONMENTS = """## Atari's environments alone
+
+`python benchmarks/environments.py --envpool` ([raw data](results/environments.csv)): steps per
+second of {num_envs} environments of {env_id} with random actions, on {cpus} CPUs ({cpu}), commit
+{commit}. The script itself has one process or a process for each game; `Gymnasium's step` fetches
+all four screens of a step, of which two are looked at; a process for each core plays several games
+in turn, which Gymnasium does not offer and which the script does not do. EnvPool is C++, skips
+frames alike, and its preprocessing is not the same frame by frame."""
+
+GPU = """## On a GPU
+
+Made by `benchmarks/gpu.py`, which says what each number is ([raw data](results/gpu/)). What ran is
+`shown`: a variant that fell back to plain PyTorch is not."""
 
 SCALING = """## By environments, threads and steps
 
@@ -175,9 +190,60 @@ def precision_text(rows):
     ]
 
 
+def environments_table(rows):
+    """The median of each form, lowest and highest, and as a multiple of the script's default."""
+    speeds = {}
+    for row in rows:
+        speeds.setdefault(row["form"], []).append(float(row["steps_per_second"]))
+    default = np.median(speeds["a process for each game"])
+    lines = ["| form | runs | steps/s | x |", "|---|---|---|---|"]
+    for form, found in speeds.items():
+        spread = f"{np.median(found):,.0f} ({min(found):,.0f} to {max(found):,.0f})"
+        lines.append(f"| {form} | {len(found)} | {spread} | {np.median(found) / default:.2f} |")
+    return lines
+
+
+def gpu_table(rows, points=20):
+    """A row for each script and case, a column for each metric; what failed, by its last line."""
+    cases, curves = {}, {}
+    for row in rows:
+        case = (row["script"], row["case"])
+        if row["step"]:
+            curves.setdefault((*case, row["metric"]), []).append(row)
+        else:
+            cases.setdefault(case, {})[row["metric"]] = row["value"].strip().split("\n")[-1]
+    metrics = list(dict.fromkeys(metric for found in cases.values() for metric in found))
+    lines = [f"| script | case | {' | '.join(metrics)} |", "|---" * (len(metrics) + 2) + "|"]
+    for case, found in cases.items():
+        lines.append(f"| {' | '.join([*case, *(found.get(x, '') for x in metrics)])} |")
+    lines = lines if cases else []
+    for (script, case, metric), found in curves.items():
+        last = max(found, key=lambda row: int(row["step"]))
+        seconds = float(last["seconds"])
+        lines += ["" if lines else None, f"{script}, {case}: {metric} {last['value']} at step "]
+        lines[-1] += f"{int(last['step']):,}, after {seconds:,.0f} s."
+    return [line for line in lines if line is not None]
+
+
+def gpu_section(folder):
+    """What benchmarks/gpu.py left in a folder."""
+    lines = [GPU]
+    for name in ("facts", "right", "variants", "fast", "learn", "words"):
+        if (folder / f"{name}.csv").exists():
+            with open(folder / f"{name}.csv") as file:
+                rows = list(csv.DictReader(file))
+            if name == "facts":
+                facts = [f"{row['metric']} {row['value']}".replace('"', "") for row in rows]
+                lines += ["", f"{'; '.join(facts)}."]
+            elif rows:
+                lines += ["", f"### {name}", "", *gpu_table(rows)]
+    return lines
+
+
 def page():
     """docs/performance.md"""
-    lines = [INTRODUCTION]
+    has_gpu = (RESULTS / "gpu" / "facts.csv").exists()
+    lines = [INTRODUCTION if has_gpu else f"{INTRODUCTION}\n{NO_GPU}"]
     if (RESULTS / "speed.md").exists():
         text = (RESULTS / "speed.md").read_text().strip().split("\n", 1)[1]
         lines += [
@@ -187,14 +253,19 @@ def page():
         ]
     sections = [
         ("phases.csv", PHASES, phases_table),
+        ("environments.csv", ENVIRONMENTS, environments_table),
         ("variants.csv", VARIANTS, variants_table),
         ("precision.csv", PRECISION, precision_text),
     ]
     for name, text, table in sections:
         if (RESULTS / name).exists():
-            lines += ["", text, "", *table(read(name))]
+            rows = read(name)
+            first = rows[0] if name == "environments.csv" else {}
+            lines += ["", text.format_map(first) if first else text, "", *table(rows)]
     if (RESULTS / "scaling.csv").exists():
         lines += ["", SCALING, "", *scaling_table(load(RESULTS / "scaling.csv"))]
+    if has_gpu:
+        lines += ["", *gpu_section(RESULTS / "gpu")]
     return "\n".join(lines) + "\n"
 
 
