@@ -34,6 +34,7 @@ References
 import copy
 import dataclasses
 import difflib
+import functools
 import hashlib
 import importlib.metadata
 import json
@@ -198,15 +199,15 @@ def make_envs(args: Args) -> gym.vector.VectorEnv:
         if not isinstance(game.unwrapped, ale_py.AtariEnv):
             raise gym.error.Error("no Atari game; use ppo_discrete.py or ppo_continuous.py")
         if game.spec.max_episode_steps or game.spec.additional_wrappers:
-            hint = "register it with max_num_frames_per_episode"
-            raise gym.error.Error(f"wrappers and max_episode_steps would be passed by; {hint}")
-    return gym.make_vec(
-        args.env_id,
-        num_envs=args.num_envs,  # [C1]
-        vectorization_mode=args.vectorization,
-        vector_kwargs={"autoreset_mode": gym.vector.AutoresetMode.SAME_STEP, "copy": False},
-        wrappers=[AtariPreprocessing],
-    )
+            raise gym.error.Error("use max_num_frames_per_episode, no max_episode_steps or wrapper")
+
+    def make_env():
+        return AtariPreprocessing(gym.make(args.env_id))
+
+    if args.vectorization == "async":
+        return Processes(make_env, args.num_envs)
+    how = {"autoreset_mode": gym.vector.AutoresetMode.SAME_STEP, "copy": False}
+    return gym.vector.SyncVectorEnv([make_env] * args.num_envs, **how)  # [C1]
 
 
 # ------------------------------------------------------------------------------------------------
@@ -520,6 +521,55 @@ def check_args(args: Args):
         fail(f"{args.env_id}: {str(error).rstrip('.')}; {hint}")
     except (gym.error.Error, ImportError) as error:
         fail(f"{args.env_id}: {error}")
+
+
+class Processes(gym.vector.VectorEnv):
+    """N environments in K processes, N / K in each, which take their steps in turn.
+
+    K is the least number that divides N and keeps all cores busy: to wake a process takes about as
+    long as a step of a small environment.
+    """
+
+    def __init__(self, make_env, num_envs: int):
+        cores = range(min(num_envs, os.cpu_count()), num_envs + 1)
+        K = next(k for k in cores if num_envs % k == 0)
+        same_step, disabled = (gym.vector.AutoresetMode[x] for x in ("SAME_STEP", "DISABLED"))
+        self.num_envs, self.shape = num_envs, (K, num_envs // K)
+        several = [make_env] * self.shape[1]
+        several = functools.partial(gym.vector.SyncVectorEnv, several, False, "same", same_step)
+        self.envs = gym.vector.AsyncVectorEnv([several] * K, copy=False, autoreset_mode=disabled)
+        self.envs._add_info = self.join
+        with make_env() as env:
+            self.single_observation_space = env.observation_space
+            self.single_action_space = env.action_space
+        self.observation_space, self.action_space = (
+            gym.vector.utils.batch_space(space, num_envs)
+            for space in (self.single_observation_space, self.single_action_space)
+        )
+        self.metadata = self.envs.metadata | {"autoreset_mode": same_step}
+
+    def reset(self, *, seed=None, options=None):
+        seeds = np.reshape([None] * self.num_envs if seed is None else seed, self.shape)
+        obs, info = self.envs.reset(seed=seeds.tolist(), options=options)
+        return obs.reshape(self.num_envs, *obs.shape[2:]), info
+
+    def step(self, actions):
+        obs, *results, info = self.envs.step(actions.reshape(*self.shape, *actions.shape[1:]))
+        results = (x.ravel() for x in results)
+        return obs.reshape(self.num_envs, *obs.shape[2:]), *results, info
+
+    def join(self, infos: dict, info: dict, k: int) -> dict:
+        """`infos` of all environments with what the k-th process says of its own."""
+        for key, value in info.items():
+            if isinstance(value, dict):
+                infos[key] = self.join(infos.get(key, {}), value, k)
+            else:
+                rows = np.zeros((self.num_envs, *value.shape[1:]), value.dtype)
+                infos.setdefault(key, rows)[k * len(value) : (k + 1) * len(value)] = value
+        return infos
+
+    def close_extras(self, **kwargs):
+        self.envs.close(**kwargs)
 
 
 class Run:

@@ -4,9 +4,9 @@
     python benchmarks/environments.py --rounds 7 --envpool      # beside EnvPool, if installed
 
 One after the other, in an order that turns round after each round. "Gymnasium's step" is the same
-preprocessing with a step of Gymnasium for each raw frame; "a process for each core" has several
-games in each, played one after the other: neither is what the script does. EnvPool's preprocessing
-is not the same frame by frame. Writes environments.csv, a row as soon as it is measured.
+preprocessing with a step of Gymnasium for each raw frame; "a process for each game" is Gymnasium's
+own way. The script has the others, "a process for each core" by default. EnvPool's preprocessing is
+not the same frame by frame. Writes environments.csv, a row as soon as it is measured.
 """
 
 import csv
@@ -54,38 +54,10 @@ class GymnasiumSteps(ppo_atari.AtariPreprocessing):
         self.screens = [self.screens[1], self.screen]
 
 
-class SeveralGames(gym.Env):
-    """n games in one process; what a worker of Gymnasium needs of an environment."""
-
-    def __init__(self, env_id: str, n: int):
-        self.envs = make_envs(env_id, n, "sync")
-        self.observation_space = self.envs.observation_space
-        self.action_space = self.envs.action_space
-
-    def reset(self, *, seed=None, options=None):
-        return self.envs.reset(seed=seed)[0], {}
-
-    def step(self, actions):
-        return *self.envs.step(actions)[:4], {}
-
-
 def make_envs(env_id: str, n: int, vectorization: str, wrapper=ppo_atari.AtariPreprocessing, **how):
     """As the script's, with another wrapper or other arguments of the vector environment."""
     settings = {"autoreset_mode": gym.vector.AutoresetMode.SAME_STEP, "copy": False} | how
     return gym.make_vec(env_id, n, vectorization, settings, [wrapper], frameskip=1)
-
-
-def of_each_core(args: Args, cores: int):
-    """N / cores games in each of as many processes as cores."""
-    n = args.num_envs // cores
-    envs = gym.vector.AsyncVectorEnv(
-        [lambda: SeveralGames(args.env_id, n)] * cores,
-        autoreset_mode=gym.vector.AutoresetMode.DISABLED,
-        copy=False,
-    )
-    step = envs.step
-    envs.step = lambda actions: step(actions.reshape(cores, n))
-    return envs
 
 
 def of_envpool(args: Args, threads: int):
@@ -97,20 +69,23 @@ def of_envpool(args: Args, threads: int):
 
 def forms(args: Args) -> dict:
     """name -> function that makes the vector environment"""
-    task, cores = (args.env_id, args.num_envs), os.cpu_count()
+    cores, n = os.cpu_count(), args.num_envs
+
+    def ours(vectorization):
+        task = {"env_id": args.env_id, "num_envs": n, "vectorization": vectorization}
+        return lambda: ppo_atari.make_envs(ppo_atari.Args(**task))
+
+    def gymnasium(*how, **more):
+        return lambda: make_envs(args.env_id, n, *how, **more)
+
     found = {
-        "one process": lambda: make_envs(*task, "sync"),
-        "one process, Gymnasium's step": lambda: make_envs(*task, "sync", GymnasiumSteps),
-        "a process for each game": lambda: make_envs(*task, "async"),
-        "a process for each game, Gymnasium's step": lambda: make_envs(
-            *task, "async", GymnasiumSteps
-        ),
-        f"a process for each game, {cores} at a time": lambda: make_envs(
-            *task, "async", max_concurrency=cores
-        ),
+        "one process": ours("sync"),
+        "one process, Gymnasium's step": gymnasium("sync", GymnasiumSteps),
+        "a process for each core": ours("async"),
+        "a process for each game": gymnasium("async"),
+        "a process for each game, Gymnasium's step": gymnasium("async", GymnasiumSteps),
+        f"a process for each game, {cores} at a time": gymnasium("async", max_concurrency=cores),
     }
-    if 1 < cores < args.num_envs and args.num_envs % cores == 0:
-        found["a process for each core"] = lambda: of_each_core(args, cores)
     if args.envpool:
         found |= {
             f"EnvPool, threads: {n}": lambda n=n: of_envpool(args, n) for n in sorted({1, cores})

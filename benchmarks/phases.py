@@ -120,14 +120,15 @@ def measure(name: str, *argv: str) -> list[tuple]:
     medians = {name: 1e3 * statistics.median(x[name] for x in iterations) for name in phases}
 
     envs = make_envs(args)
-    envs.reset(seed=list(range(args.num_envs)))
+    seeds = list(range(args.num_envs))
+    envs.reset(seed=seeds)
     envs.action_space.seed(1)
     samples = [envs.action_space.sample() for _ in range(args.num_steps)]
     start = time.perf_counter()
     for actions in samples:
         envs.step(actions)
     floor = {"environments": 1e3 * (time.perf_counter() - start)}
-    observation = torch.as_tensor(envs.reset(seed=1)[0][:1])
+    observation = torch.as_tensor(envs.reset(seed=seeds)[0][:1])
     envs.close()
     device = next(agent.parameters()).device
     precision = getattr(args, "precision", "fp32")

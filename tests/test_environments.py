@@ -273,18 +273,89 @@ def test_no_environment_seed_is_shared_between_runs(script, monkeypatch):
 @pytest.mark.parametrize("name", ["Vector", "Float64", "Nested"])
 def test_sync_and_async_runs_are_the_same(script, seen, name, tmp_path, monkeypatch):
     """In everything but time: observations, actions and all numbers of metrics.csv."""
-    rows, kinds = [], {"sync": gym.vector.SyncVectorEnv, "async": gym.vector.AsyncVectorEnv}
+    rows, kinds = [], {"sync": gym.vector.SyncVectorEnv, "async": script.Processes}
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
     for vectorization, kind in kinds.items():
         (tmp_path / vectorization).mkdir()
         monkeypatch.chdir(tmp_path / vectorization)
         env_id = f"{script.__name__}/Sees{name}-v0"
-        train(script, env_id=env_id, vectorization=vectorization, num_envs=3, num_steps=8)
+        train(script, env_id=env_id, vectorization=vectorization, num_envs=4, num_steps=8)
         assert type(seen.envs[-1].unwrapped) is kind
         rows.append([(s, n, x) for s, _, n, x in metrics() if n != "charts/SPS"])
     assert len(rows[0]) > 20
     np.testing.assert_equal(rows[0], rows[1])
     np.testing.assert_array_equal(seen.obs[:16], seen.obs[16:])
     np.testing.assert_array_equal(seen.actions[:16], seen.actions[16:])
+
+
+@pytest.mark.parametrize(
+    ("num_envs", "cores", "processes"),
+    [(1, 2, 1), (4, 1, 1), (8, 2, 2), (8, 3, 4), (7, 2, 7), (12, 8, 12), (8, 16, 8), (6, 3, 3)],
+)
+def test_all_cores_are_busy_and_have_the_same_number_of_environments(
+    num_envs, cores, processes, monkeypatch
+):
+    monkeypatch.setattr(os, "cpu_count", lambda: cores)
+    args = ppo_discrete.Args(num_envs=num_envs, vectorization="async")
+    envs = ppo_discrete.make_envs(args)
+    assert envs.shape == (processes, num_envs // processes)
+    assert len(envs.envs.processes) == processes
+    assert envs.num_envs == num_envs
+    assert envs.action_space.shape == (num_envs, 1)
+    assert envs.observation_space.shape == (num_envs, 6)
+    envs.close()
+    assert not any(process.is_alive() for process in envs.envs.processes)
+
+
+class Counting(Scripted):
+    """Says in `info` which environment it is, now and then, with an array and a nested number."""
+
+    def reset(self, *, seed=None, options=None):
+        obs, info = super().reset(seed=seed)
+        self.number = self.number if seed is None else seed
+        return obs, info | {"start": self.number}
+
+    def step(self, action):
+        *result, info = super().step(action)
+        if self.t == self.number:
+            info |= {"pair": np.array([self.number, self.t]), "deep": {"x": {"y": 0.5}}}
+        return *result, info
+
+
+FIVE = (*[(1.0, False, False)] * 4, (2.0, True, False))
+gym.register("Counting-v0", Counting, kwargs={"episodes": (FIVE,)})
+
+
+def test_info_of_all_processes_is_joined_as_in_one(monkeypatch):
+    """Step for step, with its masks; where a process has nothing to say, the mask is false."""
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    args = {"env_id": "Counting-v0", "num_envs": 4}
+    both = [
+        ppo_discrete.make_envs(ppo_discrete.Args(**args, vectorization=x))
+        for x in ("sync", "async")
+    ]
+    starts = [envs.reset(seed=[3, 1, 4, 2]) for envs in both]
+    np.testing.assert_equal(starts[1][0], starts[0][0])
+    assert starts[1][1]["start"].tolist() == [3, 1, 4, 2]
+    for t in range(1, 7):
+        steps = [envs.step(np.zeros((4, 1), int)) for envs in both]
+        for one, other in zip(*[step[:4] for step in steps], strict=True):
+            assert one.dtype == other.dtype
+            np.testing.assert_array_equal(one, other)
+        one, other = (step[4] for step in steps)
+        assert one.keys() == other.keys()
+        assert ("final_info" in other) == (t == 5)
+        if t == 5:
+            assert other["final_info"]["recorded"]["r"].tolist() == [6] * 4
+            np.testing.assert_equal(list(one["final_obs"]), list(other["final_obs"]))
+        if 1 <= t <= 4:
+            i = [3, 1, 4, 2].index(t)
+            assert other["_pair"].tolist() == [x == i for x in range(4)]
+            assert other["pair"][i].tolist() == [t, t]
+            assert other["deep"]["x"]["y"][i] == 0.5
+            np.testing.assert_equal(one["deep"], other["deep"])
+    for envs in both:
+        envs.close()
 
 
 MODULE = """
