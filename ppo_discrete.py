@@ -497,6 +497,9 @@ class Processes(gym.vector.VectorEnv):
         several = functools.partial(gym.vector.SyncVectorEnv, several, False, "same", same_step)
         self.envs = gym.vector.AsyncVectorEnv([several] * K, copy=False, autoreset_mode=disabled)
         self.envs._add_info = self.join
+        if hasattr(os, "SCHED_BATCH"):  # on Linux: not one after the other on the same core
+            for process in self.envs.processes:
+                os.sched_setscheduler(process.pid, os.SCHED_BATCH, os.sched_param(0))
         with make_env() as env:
             self.single_observation_space = env.observation_space
             self.single_action_space = env.action_space

@@ -97,6 +97,7 @@ class Args:
     leanrl_compile: bool = True  # LeanRL with --compile, too, which takes a minute to start
     scripts: tuple[Literal[SCRIPTS], ...] = SCRIPTS  # of ours, which
     rounds: int = 5  # runs of each program with each number of threads
+    threads: tuple[Literal["1", "default"], ...] = ("1", "default")  # which numbers of threads
     cold: bool = False  # instead: ours and CleanRL from an empty compile cache to the last step
     scaling: bool = False  # instead: ours by environments, threads and steps
     quick: bool = False  # one round of a few steps with one thread, into a new temporary folder
@@ -254,7 +255,7 @@ def cleanrl(task: Task, args: Args, threads: str, commits: dict) -> Program:
 def programs(task: Task, args: Args, commits: dict) -> list[Program]:
     """All that can do the task, in the order of the first round."""
     found = []
-    for threads in ("1",) if args.quick else ("1", "default"):
+    for threads in ("1",) if args.quick else args.threads:
         number = ALL if threads == "default" else threads
         precisions = ("fp32", "bf16") if "atari" in task.script else ("fp32",)
         found += [ours(task, number, commits, precision) for precision in precisions]
