@@ -253,9 +253,10 @@ class Agent(nn.Module):
             hidden = self.torso(obs.flatten(0, 1).permute(0, 3, 1, 2) / 255.0).float()  # [A9]
         hidden = hidden.unflatten(0, obs.shape[:2])
         cuts = (1 + starts[1:].any(dim=1).nonzero().flatten()).tolist()  # the LSTM runs in between
+        keeps = 1.0 - starts.to(hidden.device, non_blocking=True)[..., None]  # from the CPU
         outputs = []
-        for x, start in zip(hidden.tensor_split(cuts), starts.tensor_split(cuts), strict=True):
-            state = [memory * (1.0 - start[0, :, None]) for memory in state]  # [L3]
+        for x, keep in zip(hidden.tensor_split(cuts), keeps.tensor_split(cuts), strict=True):
+            state = [memory * keep[0] for memory in state]  # [L3]
             output, state = self.lstm(x, state)
             outputs.append(output)
         hidden = torch.cat(outputs)
@@ -270,9 +271,9 @@ class Agent(nn.Module):
         frozen.torso.to(torch.bfloat16 if self.bf16 else torch.float32)  # cast once, not every time
 
         def act(obs, starts, state):
-            inputs = [torch.as_tensor(x[None], device=state[0].device) for x in (obs, starts)]
+            obs = torch.as_tensor(obs[None], device=state[0].device)
             with torch.no_grad():
-                policy, _, state = frozen(*inputs, state)
+                policy, _, state = frozen(obs, torch.as_tensor(starts[None]), state)
             logits = policy.logits[0].cpu().numpy()
             scores = logits + rng.gumbel(size=logits.shape)  # its argmax is ~ softmax(logits)
             return np.argmax(scores, axis=-1), state
@@ -345,7 +346,8 @@ def ppo_loss(agent, minibatch, clip_coef, ent_coef, kl_coef, vf_coef, norm_adv, 
 
 def ppo_gradient(agent, batch, indices, max_grad_norm, *coefficients):
     """Leave the clipped gradient of ppo_loss for environments `indices` in the parameters."""
-    loss, stats = ppo_loss(agent, [x[:, indices] for x in batch], *coefficients)  # [L4]
+    minibatch = [x[:, indices.to(x.device, non_blocking=True)] for x in batch]  # [L4]
+    loss, stats = ppo_loss(agent, minibatch, *coefficients)
     loss.backward()
     norm = nn.utils.clip_grad_norm_(agent.parameters(), max_grad_norm)  # [C11]
     return stats | {"grad_norm": norm}
@@ -406,14 +408,15 @@ def train(args: Args) -> Agent:
             cut_off = truncated & ~terminated
             if args.bootstrap_truncation and cut_off.any():  # a time limit is not death
                 final_obs = torch.as_tensor(np.stack(info["final_obs"][cut_off]), device=device)
-                no_starts = torch.zeros(1, len(final_obs), device=device)
+                no_starts = torch.zeros(1, len(final_obs))
                 memory = [x[:, cut_off] for x in state]
                 _, last_values, _ = agent(final_obs[None], no_starts, memory)
                 final_values[t, cut_off] = last_values[0].detach().cpu().numpy()
 
         # log-probabilities and values under the policy that acted, which is still the current one
         torch.set_num_threads(args.torch_threads)
-        inputs = [torch.as_tensor(x, device=device) for x in (obs, starts, *first_state, actions)]
+        inputs = [torch.as_tensor(x).to(device) for x in (obs, *first_state, actions)]
+        inputs.insert(1, torch.as_tensor(starts))  # the cuts are made on the CPU
         outputs = []
         with torch.no_grad():
             for o, s, h, c, a in zip(*[x.split(n, dim=1) for x in inputs], strict=True):
@@ -432,10 +435,9 @@ def train(args: Args) -> Agent:
         # update: several epochs of minibatches drawn without replacement
         batch = [x[:T] for x in (*inputs, batch_logprobs, batch_values)]  # h, c have one row
         batch += [torch.as_tensor(x, device=device) for x in (advantages, returns)]
-        orders = [rng.permutation(N) for _ in range(args.update_epochs)]  # [C6]
         stats = []
-        for order in torch.as_tensor(np.stack(orders), device=device):
-            for indices in order.split(n):  # [C6] [L4]
+        for _ in range(args.update_epochs):
+            for indices in torch.as_tensor(rng.permutation(N)).split(n):  # [C6] [L4]
                 optimizer.zero_grad()
                 stats.append(ppo_gradient(agent, batch, indices, args.max_grad_norm, *coefficients))
                 optimizer.step()

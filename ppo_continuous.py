@@ -485,9 +485,10 @@ def check_args(args: Args):
 
 def compiled(function):
     """`function` made faster by torch.compile, or as it is where there is no compiler."""
-    if hasattr(torch._dynamo.config, "trace_autograd_ops"):  # new in torch 2.13
-        torch._dynamo.config.trace_autograd_ops = True  # compile what backward() does, too
-    fast = torch.compile(function, fullgraph=True)
+    whole = hasattr(torch._dynamo.config, "trace_autograd_ops")  # else up to backward(), and behind
+    if whole:  # new in torch 2.13
+        torch._dynamo.config.trace_autograd_ops = True
+    fast = torch.compile(function, fullgraph=whole)
 
     def call(*args):
         nonlocal fast

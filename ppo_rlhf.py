@@ -592,13 +592,16 @@ def ppo_gradient(agent, batch, indices, ptx_tokens, ptx_coef, micro_size, max_gr
     """Leave the clipped gradient of ppo_loss for the minibatch batch[indices] in the parameters.
 
     It is the same whatever the number of texts that go through the networks at once. Texts of like
-    length do, without the columns that are padding in all of them.
+    length do, without the columns that are padding in all of them. indices and, last in the batch,
+    the lengths of the responses are on the CPU: what they decide need not wait for a GPU.
     """
-    indices = indices[batch[-1][indices].sum(1).argsort()]
-    minibatch, stats = [x[indices] for x in batch], {}
-    num_tokens = minibatch[-1].sum()  # [H57]
-    for part in zip(*[x.split(micro_size) for x in minibatch], strict=True):
-        padding = (~part[-1]).all(0).sum()
+    *batch, lengths = batch
+    indices = indices[lengths[indices].argsort()]
+    minibatch = [x[indices.to(x.device, non_blocking=True)] for x in batch]
+    num_tokens, stats = minibatch[-1].sum(), {}  # [H57]
+    parts = [x.split(micro_size) for x in (*minibatch, lengths[indices])]
+    for *part, longest in zip(*parts, strict=True):
+        padding = part[-1].shape[1] - longest.max().item()
         short = [x[:, : x.shape[1] - padding] for x in part]
         loss, part_stats = ppo_loss(agent, short, num_tokens, *others)
         loss.backward()
@@ -833,11 +836,11 @@ def train_ppo(args, task, agent, run):
         run.numbers["score_sums"] = score_sums
 
         # update: several epochs of minibatches drawn without replacement
-        batch = [tokens, logprobs, values, advantages, returns, mask]
+        batch = [tokens, logprobs, values, advantages, returns, mask, mask.sum(1).cpu()]
         ptx_tokens, ptx_size = None, args.ptx_ratio * args.minibatch_size
         stats = []
         for _ in range(args.update_epochs):
-            order = torch.as_tensor(rng.permutation(B), device=run.device)  # [H58]
+            order = torch.as_tensor(rng.permutation(B))  # [H58]
             for indices in order.split(args.minibatch_size):  # [H56]
                 if args.ptx_coef and iteration > args.critic_warmup:
                     ptx_tokens = write_texts(task, ptx_size, rng, args.response_length)

@@ -60,7 +60,7 @@ SCRIPTS = (CARTPOLE, CHEETAH, ATARI, "ppo_atari_lstm.py", WORDS)
 LEANRL_ATARI = 6809  # its README: steps/s of Breakout, 8 environments, one H100
 LHP_SECONDS = 16_212  # of 1M episodes on 8 V100: the code of arXiv:1909.08593, run by Huang et al.
 
-COMPILE = "fast = torch.compile(function, fullgraph=True)"
+COMPILE = "fast = torch.compile(function, fullgraph=whole)"
 KEPT = "gradient(agent, batch, indices, args.max_grad_norm, *coefficients)"
 STEP = "                optimizer.zero_grad()\n"
 LOG = "        # log\n"
@@ -68,7 +68,7 @@ VARIANTS = {  # how the update is compiled: [(old text, new text), ...]
     "eager": [],  # and --no-compile
     "compiled": [],
     "reduce-overhead": [
-        (COMPILE, 'fast = torch.compile(function, fullgraph=True, mode="reduce-overhead")'),
+        (COMPILE, 'fast = torch.compile(function, fullgraph=whole, mode="reduce-overhead")'),
         (KEPT, f"cloned({KEPT})"),  # the next replay overwrites what this one returns
     ],
     "captured": [

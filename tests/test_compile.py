@@ -1,6 +1,7 @@
 """The update under torch.compile: one graph, compiled once, with the numbers it has without."""
 
 import os
+import types
 
 import pytest
 import torch
@@ -106,6 +107,23 @@ def test_ten_compiled_updates_are_those_without_compiling(script, monkeypatch, c
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
     assert len(stats) == 10
     assert stats[1]["approx_kl"] > 1e-6  # the policy has moved
+    for name, expected in eager.items():
+        torch.testing.assert_close(fast[name], expected, atol=1e-5, rtol=0.0, msg=name)
+
+
+@pytest.mark.parametrize("script", [ppo_discrete, ppo_continuous, ppo_atari])
+def test_without_autograd_in_the_graph_loss_and_clipping_are_compiled(script, monkeypatch, capsys):
+    """As torch before 2.13 has it: two graphs, backward() between them, the numbers of eager."""
+    loop = {"num_steps": 20, "num_minibatches": 5, "update_epochs": 1, "learning_rate": 1e-3}
+    eager = conftest.train(script, **loop).state_dict()
+    dynamo = types.SimpleNamespace(config=None, exc=torch._dynamo.exc)
+    hidden = types.SimpleNamespace(_dynamo=dynamo, compile=torch.compile)
+    function = script.compiled
+    compiled = types.FunctionType(function.__code__, function.__globals__ | {"torch": hidden})
+    monkeypatch.setattr(script, "compiled", compiled)
+    fast = conftest.train(script, compile=True, **loop).state_dict()
+    assert capsys.readouterr().err == ""
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2
     for name, expected in eager.items():
         torch.testing.assert_close(fast[name], expected, atol=1e-5, rtol=0.0, msg=name)
 

@@ -72,6 +72,7 @@ def gradient(agent, batch, micro_size=512, max_norm=1e9, ptx=(None, 0.0), vf_coe
     agent.zero_grad()
     rows = torch.arange(len(batch[0])) if rows is None else rows
     sizes = (micro_size, max_norm, 0.2, 0.2, vf_coef, True)
+    batch = [*batch, batch[-1].sum(1)]
     stats = rlhf.ppo_gradient(agent, batch, rows, *ptx, *sizes)
     named = {name: p.grad for name, p in agent.named_parameters() if p.grad is not None}
     return {name: grad.clone() for name, grad in named.items()}, stats
@@ -1393,7 +1394,7 @@ def test_returns_not_whitened(monkeypatch):
     for norm_adv in (True, False):
         train(norm_adv=norm_adv, total_episodes=12, num_minibatches=1, update_epochs=1)
     (one, two), unwhitened = [args[1] for args, _ in updates], raw[0][1]
-    for _, _, values, _, returns, mask in (one, two):
+    for _, _, values, _, returns, mask, _ in (one, two):
         assert torch.equal(returns, unwhitened + values)
         assert (returns[~mask] == 0).all()
     whitened, mask = one[3], one[5]
@@ -1561,7 +1562,7 @@ def test_metrics_masked_in_the_log(monkeypatch):
         tokens, sampled = rollouts[i][1]
         new, old = logprobs[2 * i][1], logprobs[2 * i + 1][1]
         (scores, has_eos, kl, mask, *_), reward = rewards[i]
-        _, _, values, _, returns, _ = updates[4 * i][0][1]
+        _, _, values, _, returns, *_ = updates[4 * i][0][1]
         stats = [result for _, result in updates[4 * i : 4 * i + 4]]
         assert torch.equal(mask, tokens[:, P:] != PAD)
         assert torch.equal(kl, (new - old) ** 2 / 2)
