@@ -31,6 +31,7 @@ References
 #   "opencv-python-headless==5.0.0.93", "tqdm==4.70.1", "tyro==1.0.17", "wandb==0.31.0"]
 # ///
 
+import contextlib
 import copy
 import dataclasses
 import difflib
@@ -115,8 +116,7 @@ class AtariPreprocessing(gym.Wrapper):
 
     Observation: uint8 [84, 84, 1], the last frame. Reward: -1, 0 or +1.
     An episode is one life: `reset` goes on with the game until the game is over. The true score of
-    a whole game and its length in raw frames are in `info`. The emulator is called directly:
-    Gymnasium's step would fetch every screen.
+    a whole game and its length in raw frames are in `info`.
     """
 
     def __init__(self, env: gym.Env):
@@ -174,7 +174,7 @@ class AtariPreprocessing(gym.Wrapper):
         return sum(rewards)
 
     def act(self, action):
-        """One raw frame of the game and its reward."""
+        """One raw frame, its reward; Gymnasium's step would fetch its screen, seen or not."""
         reward = self.ale.act(self.actions[action])
         self.score, self.length = self.score + reward, self.length + 1
         self.game_over = self.ale.game_over(with_truncation=True)
@@ -541,8 +541,8 @@ class Processes(gym.vector.VectorEnv):
         several = functools.partial(gym.vector.SyncVectorEnv, several, False, "same", same_step)
         self.envs = gym.vector.AsyncVectorEnv([several] * K, copy=False, autoreset_mode=disabled)
         self.envs._add_info = self.join
-        if hasattr(os, "SCHED_BATCH"):  # on Linux: not one after the other on the same core
-            for process in self.envs.processes:
+        for process in self.envs.processes:  # or Linux wakes them one by one on the same core
+            with contextlib.suppress(AttributeError, OSError):
                 os.sched_setscheduler(process.pid, os.SCHED_BATCH, os.sched_param(0))
         with make_env() as env:
             self.single_observation_space = env.observation_space

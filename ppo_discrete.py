@@ -28,6 +28,7 @@ References
 #   "tqdm==4.70.1", "tyro==1.0.17", "wandb==0.31.0"]
 # ///
 
+import contextlib
 import dataclasses
 import difflib
 import functools
@@ -498,8 +499,8 @@ class Processes(gym.vector.VectorEnv):
         several = functools.partial(gym.vector.SyncVectorEnv, several, False, "same", same_step)
         self.envs = gym.vector.AsyncVectorEnv([several] * K, copy=False, autoreset_mode=disabled)
         self.envs._add_info = self.join
-        if hasattr(os, "SCHED_BATCH"):  # on Linux: not one after the other on the same core
-            for process in self.envs.processes:
+        for process in self.envs.processes:  # or Linux wakes them one by one on the same core
+            with contextlib.suppress(AttributeError, OSError):
                 os.sched_setscheduler(process.pid, os.SCHED_BATCH, os.sched_param(0))
         with make_env() as env:
             self.single_observation_space = env.observation_space

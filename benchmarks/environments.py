@@ -9,7 +9,6 @@ own way. The script has the others, "a process for each core" by default. EnvPoo
 not the same frame by frame. Writes environments.csv, a row as soon as it is measured.
 """
 
-import csv
 import dataclasses
 import os
 import sys
@@ -19,7 +18,7 @@ from pathlib import Path
 import gymnasium as gym
 import numpy as np
 import tyro
-from speed import ROOT, commit_of, machine
+from speed import ROOT, commit_of, machine, results_folder, save
 
 sys.path.insert(0, str(ROOT))
 import ppo_atari
@@ -112,17 +111,14 @@ def measure(make, args: Args) -> float:
 
 
 def main(args: Args):
+    path, rows = results_folder(args.out) / "environments.csv", []
     origin = (os.cpu_count(), machine()["cpu"], commit_of(ROOT))
     found = forms(args)
-    with open(args.out / "environments.csv", "w") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(FIELDS)
-        for number in range(1, args.rounds + 1):
-            for form in list(found)[:: 1 if number % 2 else -1]:
-                speed = f"{measure(found[form], args):.1f}"
-                writer.writerow((form, args.env_id, args.num_envs, number, speed, *origin))
-                file.flush()
-                print(form, speed, flush=True)
+    for number in range(1, args.rounds + 1):
+        for form in list(found)[:: 1 if number % 2 else -1]:
+            speed = f"{measure(found[form], args):.1f}"
+            row = (form, args.env_id, args.num_envs, number, speed, *origin)
+            save(path, rows, dict(zip(FIELDS, row, strict=True)))
 
 
 if __name__ == "__main__":

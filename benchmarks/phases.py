@@ -6,11 +6,11 @@
 Runs a script with a clock at the comments of its training loop and around acting and `envs.step`.
 Prints the median milliseconds of an iteration spent in each phase, and two floors: the steps of the
 environments alone, with random actions, and the multiplications of the networks at the rate of one
-large matrix product. Without arguments, it writes docs/results/phases.csv, too.
+large matrix product. Without a script, it measures all and writes phases.csv in docs/results, or in
+the folder after --out.
 """
 
 import collections
-import csv
 import multiprocessing
 import statistics
 import sys
@@ -21,6 +21,7 @@ from contextlib import chdir
 from pathlib import Path
 
 import torch
+from speed import out_first, save
 from torch.utils.flop_counter import FlopCounterMode
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -33,7 +34,7 @@ PHASES = {  # the comments of `train`, and the phase that begins there
 }
 
 
-TASKS = [  # what is measured without arguments
+TASKS = [  # what is measured if no script is named
     ("ppo_discrete.py", "--no-cuda", "--total-timesteps", "100000"),
     ("ppo_continuous.py", "--no-cuda", "--total-timesteps", "81920"),
     ("ppo_atari.py", "--no-cuda", "--precision", "fp32", "--total-timesteps", "20480"),
@@ -155,6 +156,7 @@ def measure(name: str, *argv: str) -> list[tuple]:
 
 
 def main(argv: list[str]):
+    out, argv = out_first(argv)
     if argv:
         measure(*argv)
         return
@@ -163,10 +165,10 @@ def main(argv: list[str]):
         receiver, sender = multiprocessing.Pipe()
         process = multiprocessing.Process(target=lambda x=task, y=sender: y.send(measure(*x)))
         process.start()
-        rows += receiver.recv()
+        sender.close()
+        for row in receiver.recv():
+            save(out / "phases.csv", rows, dict(zip(FIELDS, row, strict=True)))
         process.join()
-    with open(ROOT / "docs" / "results" / "phases.csv", "w") as file:
-        csv.writer(file, lineterminator="\n").writerows([FIELDS, *rows])
 
 
 if __name__ == "__main__":

@@ -4,11 +4,10 @@
 
 Trains ppo_atari.py in bf16. For the first minibatch of each iteration it takes the gradient of the
 same loss with the same weights in both precisions, on the same device, before it is clipped. Writes
-docs/results/precision.csv and prints the cosines between them.
+precision.csv in docs/results, or in the folder after --out, and prints the cosines between them.
 """
 
 import copy
-import csv
 import os
 import shlex
 import sys
@@ -16,7 +15,7 @@ import tempfile
 from pathlib import Path
 
 import torch
-from speed import commit_of
+from speed import commit_of, out_first, save
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -35,6 +34,7 @@ def gradient(agent, minibatch, coefficients, bf16: bool) -> torch.Tensor:
 
 
 def main(argv: list[str]):
+    out, argv = out_first(argv)
     args = ppo_atari.parse_args([*argv, "--precision", "bf16", "--no-compile"])
     ppo_gradient, rows, calls = ppo_atari.ppo_gradient, [], 0
     origin = (commit_of(ROOT), shlex.join(["python", "benchmarks/precision.py", *argv]))
@@ -48,7 +48,8 @@ def main(argv: list[str]):
             cosine = torch.nn.functional.cosine_similarity(exact, rounded, dim=0)
             difference = (exact - rounded).norm() / exact.norm()
             values = (cosine, difference, exact.norm(), stats["approx_kl"])
-            rows.append((calls, *(f"{value.item():.6g}" for value in values), *origin))
+            row = (calls, *(f"{value.item():.6g}" for value in values), *origin)
+            save(out / "precision.csv", rows, dict(zip(FIELDS, row, strict=True)))
         calls += 1
         return stats
 
@@ -57,9 +58,7 @@ def main(argv: list[str]):
         os.chdir(folder)
         ppo_atari.train(args)
         os.chdir(ROOT)
-    with open(ROOT / "docs" / "results" / "precision.csv", "w") as file:
-        csv.writer(file, lineterminator="\n").writerows([FIELDS, *rows])
-    cosines = sorted(float(row[1]) for row in rows)
+    cosines = sorted(float(row["cosine"]) for row in rows)
     print(f"{len(cosines)} minibatches of {args.env_id}: cosine of the gradients at least")
     print(f"{cosines[0]:.6f}, median {cosines[len(cosines) // 2]:.6f}")
 

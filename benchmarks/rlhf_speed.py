@@ -25,7 +25,17 @@ from pathlib import Path
 import torch
 import tyro
 from phases import matrix_rate
-from speed import ALL, ROOT, Program, commit_of, execute, machine, save, without_paths
+from speed import (
+    ALL,
+    ROOT,
+    Program,
+    commit_of,
+    execute,
+    machine,
+    results_folder,
+    save,
+    without_paths,
+)
 from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(ROOT))
@@ -72,6 +82,7 @@ def floor() -> dict[str, float]:
 
 
 def main(args: Args):
+    results_folder(args.out)
     rows, episodes = [], str(args.updates * BATCH)
     sizes = ["--batch-size", str(BATCH), "--total-episodes", episodes]
     with tempfile.TemporaryDirectory() as cache:

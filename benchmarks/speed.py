@@ -280,6 +280,24 @@ def programs(task: Task, args: Args, commits: dict) -> list[Program]:
 # What is measured
 
 
+def results_folder(path: Path) -> Path:
+    """The folder of --out, made; where it cannot be written to, the program ends in one line."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=path).close()
+    except OSError as error:
+        print(f"error: --out {path}: {error.strerror}", file=sys.stderr)
+        sys.exit(2)
+    return path
+
+
+def out_first(argv: list[str]) -> tuple[Path, list[str]]:
+    """The folder of --out if a command line begins with it, and the rest of the line."""
+    if argv[:1] == ["--out"]:
+        return results_folder(Path(argv[1])), argv[2:]
+    return results_folder(ROOT / "docs" / "results"), argv
+
+
 def save(path: Path, rows: list[dict], row: dict):
     """Add a row to the table and write it, so that nothing is lost if a later run fails."""
     rows.append(row)
@@ -561,6 +579,7 @@ def main(args: Args):
         sys.exit("--cold needs --cleanrl")
     if args.quick:
         args = dataclasses.replace(args, rounds=1, out=Path(tempfile.mkdtemp(prefix="speed-")))
+    results_folder(args.out)
     tasks = [task for task in TASKS if task.script in args.scripts]
     if args.quick:
         tasks = [dataclasses.replace(task, steps=4 * task.batch_size) for task in tasks]

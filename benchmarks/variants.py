@@ -4,10 +4,9 @@
 
 The first group takes away what is there, the second adds what was tried and left out. Each copy
 runs in turn with the script itself, with the script's default number of torch threads. Writes
-docs/results/variants.csv: steps per second of every run, counted as in benchmarks/speed.py.
+variants.csv: steps per second of every run as it ends, counted as in benchmarks/speed.py.
 """
 
-import csv
 import dataclasses
 import itertools
 import statistics
@@ -15,7 +14,7 @@ import tempfile
 from pathlib import Path
 
 import tyro
-from speed import ROOT, TASKS, Program, commit_of, execute, steps_per_second
+from speed import ROOT, TASKS, Program, commit_of, execute, results_folder, save, steps_per_second
 
 FIELDS = ("script", "precision", "variant", "round", "steps_per_second", "commit")
 EAGER = ("compiled(ppo_gradient) if args.compile else ppo_gradient", "ppo_gradient")
@@ -30,7 +29,7 @@ CHANNELS_FIRST = [
         "gym.spaces.Box(0, 255, (84, 84, 4), np.uint8)",
         "gym.spaces.Box(0, 255, (4, 84, 84), np.uint8)",
     ),
-    ("return cv2.merge(self.frames), info", "return np.stack(self.frames), info"),
+    ("return cv2.merge(self.frames), {}", "return np.stack(self.frames), {}"),
     ("return cv2.merge(self.frames), np.sign", "return np.stack(self.frames), np.sign"),
     ("obs.permute(0, 3, 1, 2) / 255.0", "obs / 255.0"),
 ]
@@ -169,6 +168,7 @@ VARIANTS = [
 class Args:
     rounds: int = 5  # runs of each copy, and of the script beside it
     only: str = ""  # part of the script's or variant's name; empty: all variants
+    out: Path = ROOT / "docs" / "results"  # folder of the results
 
 
 def replaced(script: str, replacements: list[tuple[str, str]]) -> str:
@@ -181,7 +181,7 @@ def replaced(script: str, replacements: list[tuple[str, str]]) -> str:
 
 
 def main(args: Args):
-    commit, rows = commit_of(ROOT), []
+    path, commit, rows = results_folder(args.out) / "variants.csv", commit_of(ROOT), []
     tasks = {task.script: task for task in TASKS}
     with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryDirectory() as cache:
         for script, precision, name, replacements in VARIANTS:
@@ -196,12 +196,10 @@ def main(args: Args):
                 program = Program(variant, precision, "default", [paths[variant], *flags], commit)
                 run = execute(program, tasks[script].flags(number), cache)
                 speeds[variant].append(steps_per_second(run.metrics))
-                row = (script, precision, variant, number)
-                rows.append((*row, f"{speeds[variant][-1]:.1f}", commit))
+                row = (script, precision, variant, number, f"{speeds[variant][-1]:.1f}", commit)
+                save(path, rows, dict(zip(FIELDS, row, strict=True)))
             ratios = [a / b for a, b in zip(speeds[name], speeds["as it is"], strict=True)]
             print(f"{script} {precision} {name}: {statistics.median(ratios):.2f}", flush=True)
-    with open(ROOT / "docs" / "results" / "variants.csv", "w") as file:
-        csv.writer(file, lineterminator="\n").writerows([FIELDS, *rows])
 
 
 if __name__ == "__main__":

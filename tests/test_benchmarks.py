@@ -8,7 +8,13 @@ import sys
 from pathlib import Path
 
 import cleanrl_shim
+import environments
+import gpu
+import numpy as np
+import phases
+import precision
 import pytest
+import rlhf_speed
 import speed
 import variants
 
@@ -296,3 +302,150 @@ def test_variants_are_other_programs(script, precision, name, replacements):
     text = variants.replaced(script, replacements)
     assert text != (variants.ROOT / script).read_text()
     compile(text, script, "exec")
+
+
+# ------------------------------------------------------------------------------------------------
+# Results are kept as they come
+
+
+PROGRAMS = {
+    "speed": lambda out: speed.main(speed.Args(out=out)),
+    "variants": lambda out: variants.main(variants.Args(out=out)),
+    "environments": lambda out: environments.main(environments.Args(out=out)),
+    "rlhf_speed": lambda out: rlhf_speed.main(rlhf_speed.Args(out=out)),
+    "gpu": lambda out: gpu.main(gpu.Args(out=out)),
+    "phases": lambda out: phases.main(["--out", str(out)]),
+    "precision": lambda out: precision.main(["--out", str(out), "--total-timesteps", "0"]),
+}
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_results_that_cannot_be_written_end_a_program_before_it_measures(program, capsys):
+    Path("a file").touch()
+    with pytest.raises(SystemExit) as error:
+        PROGRAMS[program](Path("a file") / "results")
+    assert error.value.code == 2
+    assert capsys.readouterr().err == "error: --out a file/results: Not a directory\n"
+
+
+def test_folder_of_results_is_made_and_nothing_left_in_it():
+    assert speed.results_folder(Path("x/y")) == Path("x/y")
+    assert list(Path("x/y").iterdir()) == []
+    assert speed.out_first(["--out", "z", "--seed", "1"]) == (Path("z"), ["--seed", "1"])
+    assert speed.out_first(["--seed", "1"]) == (speed.ROOT / "docs" / "results", ["--seed", "1"])
+
+
+def interrupted(results):
+    """A function that returns these one after the other, and is interrupted then."""
+
+    def call(*args, **kwargs):
+        if not results:
+            raise KeyboardInterrupt
+        return results.pop(0)
+
+    return call
+
+
+def left(path):
+    with open(path) as file:
+        return list(csv.DictReader(file))
+
+
+def test_an_interrupted_run_leaves_what_it_has_measured(monkeypatch):
+    for name in ("environments", "variants"):
+        Path(f"{name}.csv").write_text("old\n1\n")
+    monkeypatch.setattr(environments, "measure", interrupted([]))
+    with pytest.raises(KeyboardInterrupt):
+        environments.main(environments.Args(out=Path()))
+    assert Path("environments.csv").read_text() == "old\n1\n"
+    monkeypatch.setattr(environments, "measure", interrupted([12.34, 5]))
+    with pytest.raises(KeyboardInterrupt):
+        environments.main(environments.Args(out=Path()))
+    assert [row["steps_per_second"] for row in left("environments.csv")] == ["12.3", "5.0"]
+
+    runs = [speed.Finished([(100 * i, i, "charts/SPS", 1) for i in range(1, 9)], 1, None)]
+    monkeypatch.setattr(variants, "execute", interrupted(runs))
+    with pytest.raises(KeyboardInterrupt):
+        variants.main(variants.Args(out=Path()))
+    (row,) = left("variants.csv")
+    assert (row["variant"], row["round"], row["steps_per_second"]) == ("as it is", "1", "100.0")
+
+
+def test_phases_of_the_scripts_before_one_that_fails_are_kept(monkeypatch):
+    def measure(script, *flags):
+        assert script != "ppo_continuous.py"
+        return [(script, "fp32", 1, "update", "2.50", "1.00")]
+
+    monkeypatch.setattr(phases, "measure", measure)
+    with pytest.raises(EOFError):
+        phases.main(["--out", "."])
+    (row,) = left("phases.csv")
+    assert (row["script"], row["milliseconds"]) == ("ppo_discrete.py", "2.50")
+
+
+# ------------------------------------------------------------------------------------------------
+# Atari's environments in several forms
+
+
+def test_gymnasiums_steps_play_the_same_game():
+    """Every number of 300 random steps, through lives and resets."""
+    both = [
+        environments.make_envs("BreakoutNoFrameskip-v4", 2, "sync", wrapper)
+        for wrapper in (environments.ppo_atari.AtariPreprocessing, environments.GymnasiumSteps)
+    ]
+    rng, ends = np.random.default_rng(0), 0
+    one, other = (envs.reset(seed=[1, 2])[0] for envs in both)
+    assert np.array_equal(one, other)
+    for _ in range(300):
+        actions = rng.integers(4, size=2)
+        (*one, info), (*other, their_info) = (envs.step(actions) for envs in both)
+        assert all(np.array_equal(x, y) for x, y in zip(one, other, strict=True))
+        assert info.keys() == their_info.keys()
+        ends += one[2].sum()
+    assert ends > 4
+    for envs in both:
+        envs.close()
+
+
+def test_forms(monkeypatch):
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    args = environments.Args(num_envs=4, steps=4, envpool=True)
+    forms = environments.forms(args)
+    assert list(forms) == [
+        "one process",
+        "one process, Gymnasium's step",
+        "a process for each core",
+        "a process for each game",
+        "a process for each game, Gymnasium's step",
+        "a process for each game, 2 at a time",
+        "EnvPool, threads: 1",
+        "EnvPool, threads: 2",
+    ]
+    shapes = {}
+    for name in ("one process", "a process for each core", "a process for each game"):
+        envs = forms[name]()
+        shapes[name] = getattr(envs, "shape", type(envs).__name__)
+        assert envs.num_envs == 4
+        envs.close()
+    assert shapes == {
+        "one process": "SyncVectorEnv",
+        "a process for each core": (2, 2),
+        "a process for each game": "AsyncVectorEnv",
+    }
+    assert environments.measure(forms["one process"], args) > 0
+
+
+def test_environments_on_the_page():
+    rows = table(
+        ("one process", 200),
+        ("a process for each core", 400),
+        ("a process for each core", 500),
+        ("one process", 300),
+        ("other", 900),
+        columns="form steps_per_second",
+    )
+    assert make_performance.environments_table(rows)[2:] == [
+        "| one process | 2 | 250 (200 to 300) | 0.56 |",
+        "| a process for each core | 2 | 450 (400 to 500) | 1.00 |",
+        "| other | 1 | 900 (900 to 900) | 2.00 |",
+    ]

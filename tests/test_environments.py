@@ -303,8 +303,24 @@ def test_all_cores_are_busy_and_have_the_same_number_of_environments(
     assert envs.num_envs == num_envs
     assert envs.action_space.shape == (num_envs, 1)
     assert envs.observation_space.shape == (num_envs, 6)
+    if hasattr(os, "SCHED_BATCH"):
+        kinds = {os.sched_getscheduler(process.pid) for process in envs.envs.processes}
+        assert kinds == {os.SCHED_BATCH}
     envs.close()
     assert not any(process.is_alive() for process in envs.envs.processes)
+
+
+def test_processes_work_where_they_cannot_be_a_batch(monkeypatch):
+    """Other systems do not have it, sandboxes may not allow it."""
+    for error in (AttributeError, PermissionError):
+
+        def refuse(*_, error=error):
+            raise error
+
+        monkeypatch.setattr(os, "sched_setscheduler", refuse, raising=False)
+        envs = ppo_discrete.make_envs(ppo_discrete.Args(num_envs=2, vectorization="async"))
+        assert envs.reset(seed=[1, 2])[0].shape == (2, 6)
+        envs.close()
 
 
 class Counting(Scripted):
