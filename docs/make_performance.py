@@ -27,14 +27,15 @@ medians, and ratios mean more than steps per second."""
 NO_GPU = """Nothing here is of a GPU yet: none of it has been seen on one, nor has the graph of the
 whole update, which torch 2.13 compiles, been seen there."""
 
-EPYC = """## On another processor, today's scripts
+EPYC = """## On another processor, the scripts as they are
 
-The same programs on two cores of an AMD EPYC without matrix units, at the commit below, each with
-the number of threads that suits it; the next two sections are of the same machine. Bars were 1.6
-for Atari in fp32, 2.7 in bf16 and 3.5 for CartPole. What is between the scripts and these bars is
-in the next section: where an update or acting is near its floor, the convolutions of the library
-are the limit; `environments` beside its floor is what it costs that a process sleeps while another
-one acts, and that its games have left the caches when it wakes."""
+The same programs on two cores of an AMD EPYC, which has bf16 but no units for matrices, at the
+commit below, each with the number of threads that suits it. The next two sections are of the same
+machine, those after them of the first one. Atari gains less here: its update in fp32 is near the
+floor already, so is what it can be beside others that multiply the same matrices. `environments`
+beside its floor is the price of processes that sleep while the policy acts, and whose games have
+left the caches when they wake; acting beside its floor is that of eight observations at a time,
+for which all weights are read anew."""
 
 PHASES = """## Where the time goes
 
@@ -46,7 +47,7 @@ VARIANTS = """## What it is due to
 
 `python benchmarks/variants.py` ([raw data](results/variants.csv)): steps per second of a copy of
 the script with some lines replaced, as a multiple of the script as it is, run in turn, on the
-machine above, in parts chosen with `--only`. Below 1, the lines that are there are worth having.
+first machine, in parts chosen with `--only`. Below 1, the lines that are there are worth having.
 What was tried and left out is marked so: it gives too little speed for its text. Values stored
 while acting would give Atari a training loop of its own, for the other scripts act in numpy, with
 the policy alone."""
