@@ -307,7 +307,7 @@ def test_c6_what_is_drawn_follows_from_seed_and_iteration(script, monkeypatch):
 
     class Reversing(np.random.Generator):
         def permutation(self, n):
-            return np.arange(n)[::-1]
+            return np.arange(n)[::-1].copy()
 
     names = []
     monkeypatch.setattr(
