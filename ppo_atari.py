@@ -32,21 +32,15 @@ References
 import contextlib
 import copy
 import dataclasses
-import difflib
 import functools
-import hashlib
-import importlib.metadata
 import json
 import os
-import platform
 import re
-import shlex
 import shutil
-import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal, get_args, get_type_hints
 
 import ale_py
 import cv2
@@ -61,44 +55,52 @@ from tqdm import tqdm
 # ------------------------------------------------------------------------------------------------
 # Configuration
 
+Name = Annotated[str, lambda x: re.fullmatch(r"[^/\\]+", x), "a name, no path"]
+Seed = Annotated[int, lambda x: 0 <= x < 2**63, "from 0 to 2^63 - 1"]
+Count = Annotated[int, lambda x: x >= 1, "at least 1"]
+Fraction = Annotated[float, lambda x: 0 <= x <= 1, "from 0 to 1"]
+Weight = Annotated[float, lambda x: 0 <= x < np.inf, "at least 0 and finite"]
+Positive = Annotated[float, lambda x: x > 0, "above 0"]
+
 
 @dataclasses.dataclass(frozen=True)
 class Args:
-    exp_name: str = Path(__file__).stem  # name of the experiment, part of the run's name
-    seed: int = 1  # seed of everything random
+    exp_name: Name = Path(__file__).stem  # name of the experiment, part of the run's name
+    seed: Seed = 1  # seed of everything random
     torch_deterministic: bool = True  # only deterministic cuDNN kernels
     cuda: bool = True  # use the GPU if there is one
-    torch_threads: int = torch.get_num_threads()  # CPU threads of torch
+    torch_threads: Count = torch.get_num_threads()  # CPU threads of torch
     bf16 = not torch.cuda.is_available() and torch.cpu.get_capabilities().get("avx512_bf16")
     precision: Literal["fp32", "bf16"] = "bf16" if bf16 else "fp32"  # what the torso multiplies in
     compile: bool = True  # compile the update, which takes a while once; needs a C++ compiler
-    checkpoint_every: int = 100  # iterations between checkpoints
+    checkpoint_every: Count = 100  # iterations between checkpoints
     track: bool = False  # log to Weights & Biases, too
     wandb_project_name: str = "ppo37"  # W&B project
     wandb_entity: str | None = None  # W&B team; None: your own account
 
-    env_id: str = "BreakoutNoFrameskip-v4"  # Gymnasium id of the environment
-    total_timesteps: int = 10_000_000  # actions taken in total
+    env_id: str = "BreakoutNoFrameskip-v4"  # Gymnasium id of the environment, or module:id
+    env_kwargs: str = "{}"  # arguments of the environment in JSON, such as '{"size": 8}'
+    total_timesteps: Count = 10_000_000  # actions taken in total
     vectorization: Literal["sync", "async"] = "async"  # one process, or one for each environment
-    num_envs: int = 8  # N, environments stepped in parallel [C1]
-    num_steps: int = 128  # T, steps per environment in a rollout
-    gamma: float = 0.99  # discount factor
-    gae_lambda: float = 0.95  # trades bias against variance of the advantages [C5]
+    num_envs: Count = 8  # N, environments stepped in parallel [C1]
+    num_steps: Count = 128  # T, steps per environment in a rollout
+    gamma: Fraction = 0.99  # discount factor
+    gae_lambda: Fraction = 0.95  # trades bias against variance of the advantages [C5]
     bootstrap_truncation: bool = True  # count on V(last observation) after a time limit
 
-    update_epochs: int = 4  # passes over the batch per rollout
-    num_minibatches: int = 4  # minibatches per pass [C6]
-    learning_rate: float = 2.5e-4  # step size of Adam at the start [C4]
+    update_epochs: Count = 4  # passes over the batch per rollout
+    num_minibatches: Count = 4  # minibatches per pass [C6]
+    learning_rate: Weight = 2.5e-4  # step size of Adam at the start [C4]
     anneal_lr: bool = True  # lower the learning rate linearly to zero [C4]
     norm_adv: bool = True  # normalize advantages in each minibatch [C7]
-    clip_coef: float = 0.1  # epsilon, how far the policy may move per rollout [C8]
+    clip_coef: Positive = 0.1  # epsilon, how far the policy may move per rollout [C8]
     clip_vloss: bool = True  # clip the change of the value function by epsilon, too [C9]
-    ent_coef: float = 0.01  # c2, weight of the entropy bonus [C10]
-    vf_coef: float = 0.5  # c1, weight of the value loss [C10]
-    max_grad_norm: float = 0.5  # global norm the gradient is clipped to [C11]
+    ent_coef: Weight = 0.01  # c2, weight of the entropy bonus [C10]
+    vf_coef: Weight = 0.5  # c1, weight of the value loss [C10]
+    max_grad_norm: Positive = 0.5  # global norm the gradient is clipped to [C11]
     anneal_clip: bool = False  # lower epsilon linearly to zero, too [X1]
-    target_kl: float | None = None  # end the update after an epoch with a larger KL [X3]
-    penalty_kl: float | None = None  # instead of clipping, penalize the KL to keep it near [X5]
+    target_kl: Positive | None = None  # end the update after an epoch with a larger KL [X3]
+    penalty_kl: Positive | None = None  # instead of clipping, penalize the KL to keep it near [X5]
     anneal_ent: bool = False  # lower c2 linearly to zero, too [X6]
 
     batch_size = property(lambda args: args.num_envs * args.num_steps)
@@ -164,8 +166,8 @@ class AtariPreprocessing(gym.Wrapper):
         terminated = self.ale.game_over(with_truncation=False)
         terminated = terminated or 0 < lives < self.lives  # [A3] a lost life ends the episode
         self.lives = lives
-        info = {"recorded": {"r": self.score, "l": self.length}} if self.game_over else {}
-        return reward, terminated, self.ale.game_truncated(), info
+        whole = {"r": self.score, "l": self.length} if self.game_over else None
+        return reward, terminated, self.ale.game_truncated(), {"whole_game": whole}
 
     def skip(self, action):
         rewards = []
@@ -196,19 +198,16 @@ class AtariPreprocessing(gym.Wrapper):
 def make_envs(args: Args) -> gym.vector.VectorEnv:
     """N environments in lockstep; when one ends, it returns the first observation of the next."""
     gym.register_envs(ale_py)
-    with gym.make(args.env_id) as game:
+
+    def make_env(i):
+        game = gym.make(args.env_id, **json.loads(args.env_kwargs))
         if not isinstance(game.unwrapped, ale_py.AtariEnv):
             raise gym.error.Error("no Atari game; use ppo_discrete.py or ppo_continuous.py")
         if game.spec.max_episode_steps or game.spec.additional_wrappers:
             raise gym.error.Error("use max_num_frames_per_episode, no max_episode_steps or wrapper")
+        return Watched(AtariPreprocessing(game), i)
 
-    def make_env():
-        return AtariPreprocessing(gym.make(args.env_id))
-
-    if args.vectorization == "async":
-        return Processes(make_env, args.num_envs)
-    how = {"autoreset_mode": gym.vector.AutoresetMode.SAME_STEP, "copy": False}
-    return gym.vector.SyncVectorEnv([make_env] * args.num_envs, **how)  # [C1]
+    return lockstep(make_env, args)  # [C1]
 
 
 # ------------------------------------------------------------------------------------------------
@@ -400,11 +399,10 @@ def train(args: Args) -> Agent:
         values = batch_values.view(T + 1, N).cpu().numpy()
 
         # advantages and value targets
-        run.check_finite(global_step, rewards=rewards, values=values, final_values=final_values)
         next_values = np.where(dones, final_values, values[1:])
         advantages = gae(rewards, values[:T], next_values, dones, args.gamma, args.gae_lambda)
         returns = advantages + values[:T]
-        run.check_finite(global_step, advantages=advantages)
+        run.check_finite(global_step, rewards=rewards, values=values, advantages=advantages)
 
         # update: several epochs of minibatches drawn without replacement
         batch = [batch_obs, batch_actions, batch_logprobs, batch_values]
@@ -430,10 +428,7 @@ def train(args: Args) -> Agent:
         errors, targets = (returns - values[:T]).var(), returns.var()  # [C12]
         means["losses/explained_variance"] = 1 - errors / targets if targets > 0 else np.nan
         charts = {"charts/learning_rate": lr, "charts/kl_coef": kl_coef}
-        charts = {name: value.item() for name, value in charts.items() if value is not None}
-        run.log_iteration(global_step, charts | means)
-        if iteration % args.checkpoint_every == 0 or iteration == args.num_iterations:
-            run.save_checkpoint(iteration, global_step, saved)
+        run.end_iteration(iteration, global_step, charts | means, saved)
 
     envs.close()
     run.close()
@@ -444,6 +439,12 @@ def train(args: Args) -> Agent:
 # Runs
 
 
+@functools.cache
+def notice(message: str):
+    """A line on what is otherwise than one would think, once."""
+    print("notice:", message, file=sys.stderr)
+
+
 def fail(message: str):
     """Stop with one line that says what is wrong and what to do."""
     print("error:", *str(message).split(), file=sys.stderr)
@@ -452,8 +453,8 @@ def fail(message: str):
 
 def parse_args(argv: list[str]) -> Args:
     """Args from the command line; W&B sweeps write a boolean as --flag=True or --flag=False."""
-    names = [field.name for field in dataclasses.fields(Args) if field.type is bool]
-    names = "|".join(names).replace("_", "[-_]")
+    names = "|".join(x.name for x in dataclasses.fields(Args) if x.type is bool)
+    names = names.replace("_", "[-_]")
     argv = [re.sub(rf"^--({names})=[Tt]rue$", r"--\1", arg) for arg in argv]
     argv = [re.sub(rf"^--({names})=[Ff]alse$", r"--no-\1", arg) for arg in argv]
     return tyro.cli(Args, args=argv, description=__doc__.splitlines()[0])
@@ -461,30 +462,22 @@ def parse_args(argv: list[str]) -> Args:
 
 def check_args(args: Args):
     """Refuse what cannot work, before any training starts and before W&B is contacted."""
-    counts = ("torch_threads", "checkpoint_every", "num_envs", "num_steps", "update_epochs")
-    for name in ("seed", *counts, "num_minibatches", "learning_rate"):
-        least = 0 if name in ("seed", "learning_rate") else 1
-        if not least <= getattr(args, name) < np.inf:
-            fail(
-                f"--{name.replace('_', '-')} is {getattr(args, name)}, it must be at least {least}"
-            )
+    import difflib
+    import importlib.util
+
+    for name, kind in get_type_hints(Args, include_extras=True).items():
+        for part in (kind, *get_args(kind)):  # X, or each of X | None
+            if hasattr(part, "__metadata__") and (value := getattr(args, name)) is not None:
+                valid, words = part.__metadata__
+                if not valid(value):
+                    fail(f"--{name.replace('_', '-')} is {value}, it must be {words}")
+    batch = f"a batch of {args.batch_size} (--num-envs x --num-steps)"
     if args.batch_size % args.num_minibatches:
-        fail(
-            f"a batch of {args.batch_size} (--num-envs x --num-steps) cannot be divided into "
-            f"{args.num_minibatches} equal minibatches; change --num-minibatches"
-        )
+        fail(f"{batch} cannot be divided into {args.num_minibatches} equal --num-minibatches")
     if args.total_timesteps < args.batch_size:
-        fail(
-            f"--total-timesteps {args.total_timesteps} is less than one batch of "
-            f"{args.batch_size} (--num-envs x --num-steps)"
-        )
-    if args.penalty_kl is not None and not 0 < args.penalty_kl < np.inf:
-        fail(f"--penalty-kl is {args.penalty_kl}, it must be above 0")
-    if args.track:
-        try:
-            import wandb  # noqa: F401
-        except ImportError:
-            fail("--track needs the package wandb: pip install wandb")
+        fail(f"--total-timesteps {args.total_timesteps} is less than {batch}")
+    if args.track and not importlib.util.find_spec("wandb"):
+        fail("--track needs the package wandb: pip install wandb")
     try:
         make_envs(dataclasses.replace(args, num_envs=1, vectorization="sync")).close()
     except gym.error.UnregisteredEnv as error:
@@ -498,6 +491,12 @@ def check_args(args: Args):
         fail(f"{args.env_id}: {str(error).rstrip('.')}; {hint}")
     except (gym.error.Error, ImportError) as error:
         fail(f"{args.env_id}: {error}")
+    except json.JSONDecodeError as error:
+        fail(f"--env-kwargs {args.env_kwargs} is no JSON: {error}")
+    except TypeError as error:
+        if "argument" not in str(error):
+            raise
+        fail(f"{args.env_id}: {error}; --env-kwargs passes arguments")
 
 
 def compiled(function):
@@ -512,90 +511,137 @@ def compiled(function):
         try:
             return fast(*args)
         except torch._dynamo.exc.TorchDynamoException as error:
-            print("not compiled, slower:", str(error).splitlines()[0], file=sys.stderr)
+            notice(f"not compiled, slower: {str(error).splitlines()[0]}")
             fast = function
             return function(*args)
 
     return call
 
 
-class Processes(gym.vector.VectorEnv):
-    """N environments in K processes, N / K in each, which take their steps in turn.
+class Watched(gym.Wrapper):
+    """Environment i of N, as anyone may have written it: what it hands over is checked.
 
-    K is the least number that divides N and keeps all cores busy: to wake a process takes about as
-    long as a step of a small environment.
+    Observations become arrays of numbers, flat if they come as a Dict, a Tuple or an int. `info` is
+    cut down to what is read: action_mask, and after an episode its return and length, recorded
+    here, or by the environment itself as info["whole_game"] if an episode is a part of it.
     """
 
-    def __init__(self, make_env, num_envs: int):
-        cores = range(min(num_envs, os.cpu_count()), num_envs + 1)
-        K = next(k for k in cores if num_envs % k == 0)
-        same_step, disabled = (gym.vector.AutoresetMode[x] for x in ("SAME_STEP", "DISABLED"))
-        self.num_envs, self.shape = num_envs, (K, num_envs // K)
-        several = [make_env] * self.shape[1]
-        several = functools.partial(gym.vector.SyncVectorEnv, several, False, "same", same_step)
-        self.envs = gym.vector.AsyncVectorEnv([several] * K, copy=False, autoreset_mode=disabled)
-        self.envs._add_info = self.join
-        for process in self.envs.processes:  # or Linux wakes them one by one on the same core
+    def __init__(self, env: gym.Env, i: int):
+        super().__init__(env)
+        self.i, self.steps, space = i, 0, env.observation_space
+        refuse_what_is_no_number(space, "observation")
+        is_array = isinstance(space, gym.spaces.Box)
+        self.to_array = np.asarray if is_array else functools.partial(gym.spaces.flatten, space)
+        self.observation_space = space if is_array else gym.spaces.flatten_space(space)
+        self.shape, self.dtype = self.observation_space.shape, space.dtype if is_array else None
+
+    def reset(self, **kwargs):
+        self.score, self.length = 0.0, 0
+        try:
+            obs, info = self.env.reset(**kwargs)
+        except Exception as error:
+            self.report(error)
+        obs = self.checked("observation", obs, self.to_array, self.shape)
+        return obs, {k: info[k] for k in ("action_mask",) if k in info}
+
+    def step(self, action):
+        self.steps += 1
+        try:
+            obs, reward, terminated, truncated, info = self.env.step(action)
+        except Exception as error:
+            self.report(error)
+        if getattr(obs, "dtype", "") != self.dtype or obs.shape != self.shape:
+            obs = self.checked("observation", obs, self.to_array, self.shape)
+        if not isinstance(reward, float):
+            reward = float(self.checked("reward", reward, np.ravel, (1,))[0])
+        self.score, self.length = self.score + reward, self.length + 1
+        read = {"action_mask": info["action_mask"]} if "action_mask" in info else {}
+        if terminated or truncated:
+            game = info.get("whole_game", {"r": self.score, "l": self.length})
+            read |= {"recorded": game} if game else {}
+        return obs, reward, bool(terminated), bool(truncated), read
+
+    def checked(self, what, value, to_array, shape):
+        with contextlib.suppress(Exception):
+            x = to_array(value)
+            if x.shape == shape and x.dtype.kind in "biuf":
+                return x
+        given = f"{type(value).__name__} {getattr(value, 'shape', '')} {value!r:.60}"
+        self.fault(f"{what} is {given}, not numbers of shape {shape}")
+
+    def report(self, error):
+        sys.excepthook(*sys.exc_info())  # of the environment's own code
+        self.fault(f"{type(error).__name__}: {error}")
+
+    def fault(self, message):
+        where = f"{self.spec.id}, environment {self.i}, step {self.steps}"
+        raise gym.error.Error(f"{where}: {message}") from None
+
+
+def refuse_what_is_no_number(space, name):
+    """Texts, graphs and the like, also within a Dict or a Tuple."""
+    if isinstance(space, gym.spaces.Dict | gym.spaces.Tuple):
+        for key in space if isinstance(space, gym.spaces.Dict) else range(len(space)):
+            refuse_what_is_no_number(space[key], f"{name}[{key!r}]")
+    else:
+        with contextlib.suppress(NotImplementedError):
+            if isinstance(gym.spaces.flatten_space(space), gym.spaces.Box):
+                return
+        raise gym.error.Error(f"{name} is {space}, no numbers; docs/your_own.md has a wrapper")
+
+
+class Processes(gym.vector.AsyncVectorEnv):
+    """A process for each environment. What one raises arrives without Gymnasium's log of it."""
+
+    def __init__(self, make_envs, **how):
+        super().__init__(make_envs, **how)
+        for process in self.processes:  # or Linux wakes them one by one on the same core
             with contextlib.suppress(AttributeError, OSError):
                 os.sched_setscheduler(process.pid, os.SCHED_BATCH, os.sched_param(0))
-        with make_env() as env:
-            self.single_observation_space = env.observation_space
-            self.single_action_space = env.action_space
-        self.observation_space, self.action_space = (
-            gym.vector.utils.batch_space(space, num_envs)
-            for space in (self.single_observation_space, self.single_action_space)
-        )
-        self.metadata = self.envs.metadata | {"autoreset_mode": same_step}
 
-    def reset(self, *, seed=None, options=None):
-        seeds = np.reshape([None] * self.num_envs if seed is None else seed, self.shape)
-        obs, info = self.envs.reset(seed=seeds.tolist(), options=options)
-        return obs.reshape(self.num_envs, *obs.shape[2:]), info
+    def _raise_if_errors(self, successes):
+        if not all(successes):
+            self._state = gym.vector.async_vector_env.AsyncState.DEFAULT
+            _, _, error, _ = self.error_queue.get()
+            raise error
 
-    def step(self, actions):
-        obs, *results, info = self.envs.step(actions.reshape(*self.shape, *actions.shape[1:]))
-        results = (x.ravel() for x in results)
-        return obs.reshape(self.num_envs, *obs.shape[2:]), *results, info
 
-    def join(self, infos: dict, info: dict, k: int) -> dict:
-        """`infos` of all environments with what the k-th process says of its own."""
-        for key, value in info.items():
-            if isinstance(value, dict):
-                infos[key] = self.join(infos.get(key, {}), value, k)
-            else:
-                rows = np.zeros((self.num_envs, *value.shape[1:]), value.dtype)
-                infos.setdefault(key, rows)[k * len(value) : (k + 1) * len(value)] = value
-        return infos
+def lockstep(make_env, args: Args) -> gym.vector.VectorEnv:
+    """make_env(0), ..., make_env(N - 1), one after the other or each in a process of its own."""
 
-    def close_extras(self, **kwargs):
-        self.envs.close(**kwargs)
+    vector = {"sync": gym.vector.SyncVectorEnv, "async": Processes}[args.vectorization]
+    several = [functools.partial(make_env, i) for i in range(args.num_envs)]
+    return vector(several, copy=False, autoreset_mode=gym.vector.AutoresetMode.SAME_STEP)
 
 
 class Run:
     """What a run leaves behind: config.json, metrics.csv, checkpoint.pt, a copy of this script."""
 
     def __init__(self, args: Args, device: torch.device):
-        self.args, self.checkpoint = args, None
-        self.folder = self.new_folder()
+        self.args, self.checkpoint, Run.now = args, None, self
         derived = ("batch_size", "minibatch_size", "num_iterations")
         config = dataclasses.asdict(args) | {name: getattr(args, name) for name in derived}
-        text = json.dumps(config | origin(device), indent=2)
-        (self.folder / "config.json").write_text(text + "\n")
-        shutil.copy(__file__, self.folder)
-        self.metrics = open(self.folder / "metrics.csv", "w")
+        config |= {f"env_kwargs/{k}": v for k, v in json.loads(args.env_kwargs).items()}
+        try:
+            for now in range(int(time.time()), sys.maxsize):  # never a folder that exists
+                self.folder = Path("runs") / f"{args.env_id}__{args.exp_name}__{args.seed}__{now}"
+                with contextlib.suppress(FileExistsError):
+                    self.folder.mkdir(parents=True)
+                    break
+            (self.folder / "config.json").write_text(json.dumps(config | origin(device), indent=2))
+            shutil.copy(__file__, self.folder)
+            self.metrics = open(self.folder / "metrics.csv", "w")
+        except OSError as error:
+            fail(f"a run needs a folder to write to: {error}")
         self.metrics.write("global_step,time,name,value\n")
         self.wandb = None
         if args.track:
             import wandb
 
+            names = {"project": args.wandb_project_name, "entity": args.wandb_entity}
+            names |= {"name": str(self.folder.relative_to("runs"))}
             try:
-                self.wandb = wandb.init(
-                    project=args.wandb_project_name,
-                    entity=args.wandb_entity,
-                    name=self.name,
-                    config=config,
-                    save_code=True,
-                )
+                self.wandb = wandb.init(**names, config=config, save_code=True)
             except wandb.Error as error:
                 shutil.rmtree(self.folder)
                 fail(f"Weights & Biases: {error}")
@@ -603,18 +649,6 @@ class Run:
         self.last_returns = []  # of the last 100 episodes
         self.bar = tqdm(total=args.total_timesteps, unit="step", disable=not sys.stderr.isatty())
         self.start_time = self.last_line = time.time()
-
-    def new_folder(self) -> Path:
-        """runs/{run name}, never one that exists: a second later the name is another."""
-        while True:
-            args, now = self.args, int(time.time())
-            self.name = f"{args.env_id}__{args.exp_name}__{args.seed}__{now}"
-            folder = Path("runs") / self.name
-            try:
-                folder.mkdir(parents=True)
-                return folder
-            except FileExistsError:
-                time.sleep(0.1)
 
     def log(self, global_step: int, metrics: dict[str, float]):
         """One row for each metric in metrics.csv, one row for all of them in W&B."""
@@ -626,64 +660,74 @@ class Run:
 
     def log_episodes(self, global_step: int, info: dict):
         """Return and length of each episode that ended with this step, in the order of the envs."""
-        if "recorded" in info.get("final_info", {}):
-            recorded = info["final_info"]["recorded"]
+        if recorded := info.get("final_info", {}).get("recorded"):
             for i in np.flatnonzero(info["final_info"]["_recorded"]):
                 score, length = float(recorded["r"][i]), int(recorded["l"][i])
                 row = {"charts/episodic_return": score, "charts/episodic_length": length}
                 self.log(global_step, row)
                 self.last_returns = [*self.last_returns[-99:], score]
 
-    def log_iteration(self, global_step: int, metrics: dict[str, float]):
-        """The metrics of one iteration and the progress: a bar on a terminal, else plain lines."""
+    def end_iteration(self, iteration: int, global_step: int, metrics: dict, saved: dict):
+        """Log, show the progress, a bar on a terminal, else plain lines; save now and then."""
+        metrics = {name: float(value) for name, value in metrics.items() if value is not None}
         steps_per_second = int(global_step / (time.time() - self.start_time))
         self.log(global_step, metrics | {"charts/SPS": steps_per_second})
         self.metrics.flush()
         mean_return = f"{np.mean(self.last_returns):.1f}" if self.last_returns else "none yet"
         self.bar.set_postfix_str(f"return {mean_return}", refresh=False)
         self.bar.update(global_step - self.bar.n)
-        last = global_step + self.args.batch_size > self.args.total_timesteps
+        last = iteration == self.args.num_iterations
         if self.bar.disable and (last or time.time() - self.last_line > 10):
             steps = f"{global_step:,} of {self.args.total_timesteps:,} steps"
-            print(f"{steps}, return {mean_return}, {steps_per_second:,} steps/s", flush=True)
+            self.say(f"{steps}, return {mean_return}, {steps_per_second:,} steps/s")
             self.last_line = time.time()
+        if last or iteration % self.args.checkpoint_every == 0:
+            states = {k: getattr(v, "state_dict", lambda v=v: v)() for k, v in saved.items()}
+            numbers = {"iteration": iteration, "global_step": global_step}
+            self.save_checkpoint({"args": dataclasses.asdict(self.args)} | numbers | states)
+
+    def say(self, line: str):
+        """A line on the standard output; the run goes on where that was closed, as by `| head`."""
+        try:
+            print(line, flush=True)
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
     def check_finite(self, global_step: int, **data):
         """Stop before anything that is not finite is learned from, acted with or saved."""
         for name, value in data.items():
             if not np.isfinite(value).all():
-                self.bar.close()
-                good = self.checkpoint or "none yet"
-                fail(f"{name} not finite at step {global_step}; last good checkpoint: {good}")
+                self.stop(f"{name} not finite at step {global_step}")
 
-    def save_checkpoint(self, iteration: int, global_step: int, saved: dict):
+    def stop(self, message: str):
+        self.bar.close()
+        fail(f"{message}; last good checkpoint: {self.checkpoint or 'none yet'}")
+
+    def save_checkpoint(self, data: dict):
         """Atomic: whatever happens meanwhile, a complete checkpoint is there under its name."""
-        data = {"args": dataclasses.asdict(self.args), "iteration": iteration}
-        states = {k: v.state_dict() if hasattr(v, "state_dict") else v for k, v in saved.items()}
-        data |= {"global_step": global_step, **states}
         with open(self.folder / "checkpoint.tmp", "wb") as file:
             torch.save(data, file)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(file.name, self.folder / "checkpoint.pt")
-        self.checkpoint = self.folder / "checkpoint.pt"
+        self.checkpoint = Path(file.name).replace(self.folder / "checkpoint.pt")
 
     def close(self):
         self.bar.close()
         self.metrics.close()
         if self.wandb:
             self.wandb.finish()
-        print(f"written to {self.folder}")
+        self.say(f"written to {self.folder}")
 
 
 def origin(device: torch.device) -> dict:
     """Where a run comes from: the machine, the versions, the commit, the script, the command."""
-    versions = {"python": platform.python_version()}
-    for package in ("torch", "gymnasium", "ale-py", "mujoco", "numpy"):
-        try:
-            versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            versions[package] = None
+    import hashlib
+    import platform
+    import shlex
+    import subprocess
+
+    packages = ("torch", "gymnasium", "ale_py", "mujoco", "numpy")
+    versions = {name: sys.modules[name].__version__ for name in packages if name in sys.modules}
     git = f"git -C {shlex.quote(str(Path(__file__).parent))} describe"
     describe = f"{git} --always --dirty --abbrev=40 --exclude='*'"  # the commit, whatever the tags
     status, commit = subprocess.getstatusoutput(describe)
@@ -691,7 +735,7 @@ def origin(device: torch.device) -> dict:
         "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
         "cpus": os.cpu_count(),
         "platform": platform.platform(),
-        "versions": versions,
+        "versions": {"python": platform.python_version()} | versions,
         "git_commit": commit if status == 0 else None,
         "script_sha256": hashlib.sha256(Path(__file__).read_bytes()).hexdigest(),
         "command": shlex.join(sys.argv),
@@ -699,6 +743,10 @@ def origin(device: torch.device) -> dict:
 
 
 if __name__ == "__main__":
+    sys.path.insert(1, os.getcwd())  # --env-id module:id may be here
     args = parse_args(sys.argv[1:])
     check_args(args)
-    train(args)
+    try:
+        train(args)
+    except gym.error.Error as error:
+        Run.now.stop(error)

@@ -4,9 +4,9 @@
     python benchmarks/environments.py --rounds 7 --envpool      # beside EnvPool, if installed
 
 One after the other, in an order that turns round after each round. "Gymnasium's step" is the same
-preprocessing with a step of Gymnasium for each raw frame; "a process for each game" is Gymnasium's
-own way. The script has the others, "a process for each core" by default. EnvPool's preprocessing is
-not the same frame by frame. Writes environments.csv, a row as soon as it is measured.
+preprocessing with a step of Gymnasium for each raw frame. The script has the others, a process for
+each game by default. EnvPool's preprocessing is not the same frame by frame. Writes
+environments.csv, a row as soon as it is measured.
 """
 
 import dataclasses
@@ -80,8 +80,7 @@ def forms(args: Args) -> dict:
     found = {
         "one process": ours("sync"),
         "one process, Gymnasium's step": gymnasium("sync", GymnasiumSteps),
-        "a process for each core": ours("async"),
-        "a process for each game": gymnasium("async"),
+        "a process for each game": ours("async"),
         "a process for each game, Gymnasium's step": gymnasium("async", GymnasiumSteps),
         f"a process for each game, {cores} at a time": gymnasium("async", max_concurrency=cores),
     }

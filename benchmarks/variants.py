@@ -44,16 +44,17 @@ ONE_FORWARD = [  # of the whole batch
 TORCH_ACTS = {
     "ppo_discrete.py": [
         (
-            "            logits = np.tanh(np.tanh(obs @ w1 + b1) @ w2 + b2) @ w3 + b3 + mask"
-            "  # [X4]\n",
+            "            logits = fast(obs)\n",
+            "            obs = torch.as_tensor(obs)\n"
+            "            obs, mask = obs.split([self.obs_dim, self.choices[1]], 1)\n"
             "            with torch.inference_mode():\n"
-            "                logits = self.actor(torch.as_tensor(obs)) + torch.as_tensor(mask)\n"
+            "                logits = self.actor(obs) + mask\n"
             "                return Categorical(logits=logits).sample()[:, None].numpy()\n",
         )
     ],
     "ppo_continuous.py": [
         (
-            "            mean = np.tanh(np.tanh(obs @ w1 + b1) @ w2 + b2) @ w3 + b3\n",
+            "            mean, sigma = (actor(obs), std[0]) if fast else exact(obs)\n",
             "            with torch.inference_mode():\n"
             "                mean = self.actor(torch.as_tensor(obs))\n"
             "                return Normal(mean, self.log_std.exp(), False).sample().numpy()\n",
@@ -62,9 +63,13 @@ TORCH_ACTS = {
 }
 DISCRETE_ONLY = [
     ("self.action_space = gym.spaces.MultiDiscrete(nvec)", "self.action_space = space"),
-    ("action = self.start + (action.reshape(self.shape) if self.shape else action[0])", ""),
     (
-        'row, mask = self.all_valid.copy(), info.get("action_mask", self.action_masks())',
+        "action = action.reshape(self.shape).astype(self.dtype) if self.shape else action[0]\n",
+        "pass\n",
+    ),
+    ("self.env.step(self.start + action)", "self.env.step(action)"),
+    (
+        'row, mask = self.all_valid.copy(), info.pop("action_mask", None)',
         "return np.array(obs, np.float32)",
     ),
     ("self.all_valid.shape, np.float32)", "env.observation_space.shape, np.float32)"),
@@ -74,15 +79,15 @@ DISCRETE_ONLY = [
     ("logits = self.actor(obs) + mask  # [X4]", "logits = self.actor(obs)  # [X4]"),
     ("logits=logits.unflatten(-1, self.choices)", "logits=logits"),
     ("policy = Independent(each, 1, validate_args=False)", "policy = each"),
-    ("            obs, mask = obs[:, : self.obs_dim], obs[:, self.obs_dim :]\n", ""),
-    ("@ w3 + b3 + mask", "@ w3 + b3"),
-    ("scores.reshape(-1, *self.choices).argmax(-1)", "scores.argmax(-1)"),
+    ("actor(obs[:, : self.obs_dim]) + obs[:, self.obs_dim :]  # [X4]", "actor(obs)"),
+    ("            return logits.reshape(-1, *self.choices)\n", "            return logits\n"),
+    ("width = self.obs_dim + np.prod(self.choices)", "width = self.obs_dim"),
 ]
 KEEP_MEMORY = [
     (
-        "    check_args(args)\n    train(args)",
+        "    check_args(args)\n",
         "    check_args(args)\n    import ctypes\n\n    libc = ctypes.CDLL(None)\n"
-        "    libc.mallopt(-3, 2**30)\n    libc.mallopt(-1, 2**31 - 1)\n    train(args)",
+        "    libc.mallopt(-3, 2**30)\n    libc.mallopt(-1, 2**31 - 1)\n",
     )
 ]
 VALUES_WHILE_ACTING = [

@@ -63,8 +63,8 @@ ENVIRONMENTS = """## Atari's environments alone
 
 `python benchmarks/environments.py --envpool` ([raw data](results/environments.csv)): steps per
 second of {num_envs} environments of {env_id} with random actions, on {cpus} CPUs ({cpu}).
-The script has one process (`--vectorization sync`) or, by default, a process for each core, each
-with several games that are played in turn; a process for each game is what Gymnasium offers.
+The script has one process (`--vectorization sync`) or, by default, a process for each game, as
+Gymnasium offers it; a process for each core, with several games in turn, was tried and given up.
 `Gymnasium's step` fetches all four screens of a step, of which two are looked at. EnvPool is C++,
 and what it shows is not the same frame by frame. It is no dependency: an environment of your own
 that takes its place must reset in the step that ends an episode, and EnvPool's reset one later."""
@@ -207,7 +207,7 @@ def environments_table(rows):
     speeds = {}
     for row in rows:
         speeds.setdefault(row["form"], []).append(float(row["steps_per_second"]))
-    default = np.median(speeds["a process for each core"])
+    default = np.median(speeds["a process for each game"])
     lines = ["| form | runs | steps/s | x |", "|---|---|---|---|"]
     for form, found in speeds.items():
         spread = f"{np.median(found):,.0f} ({min(found):,.0f} to {max(found):,.0f})"

@@ -88,12 +88,14 @@ class Choices(gym.Env):
     """Takes any discrete action there is and says which choices are valid, then and only then.
 
     `masks` are those of one observation after the other, over and over, flat or in a tuple; the
-    observation is the number of the mask. `actions` keeps what the environment was given.
+    observation is the number of the mask. `actions` keeps what the environment was given. It fails
+    when an action is not valid, if it is strict.
     """
 
     observation_space = gym.spaces.Box(0.0, 1e9, (2,), np.float64)
 
-    def __init__(self, nvec=(2, 3), start=None, masks=None, by_method=False, length=3):
+    def __init__(self, nvec=(2, 3), start=None, masks=None, by_method=False, length=3, strict=True):
+        self.strict = strict
         self.action_space = gym.spaces.MultiDiscrete(nvec, start=start)
         self.masks, self.by_method, self.length = masks, by_method, length
         self.seen, self.actions = -1, []
@@ -116,7 +118,7 @@ class Choices(gym.Env):
     def step(self, action):
         self.actions.append(action)
         assert self.action_space.contains(action)
-        if self.masks is not None:
+        if self.masks is not None and self.strict:
             valid = np.concatenate(self.mask()) if isinstance(self.mask(), tuple) else self.mask()
             firsts = np.cumsum([0, *self.action_space.nvec[:-1]])
             assert np.all(valid[firsts + action]), "not valid"

@@ -337,7 +337,7 @@ def test_whole_games_are_recorded_once_with_their_raw_score(end):
     """Two games of two lives each; the no-op after the life that is lost counts, too."""
     game = FakeGame()
     envs = gym.vector.SyncVectorEnv(
-        [lambda: ppo_atari.AtariPreprocessing(game)],
+        [lambda: ppo_atari.Watched(ppo_atari.AtariPreprocessing(game), 0)],
         autoreset_mode=gym.vector.AutoresetMode.SAME_STEP,
     )
     envs.reset(seed=0)
@@ -704,7 +704,7 @@ def test_all_actions_of_the_full_action_space_are_played():
     envs = ppo_atari.make_envs(args("AllActions-v0", num_envs=1))
     assert envs.single_action_space.n == 18
     (env,) = envs.envs
-    assert [action.value for action in env.actions] == list(range(18))
+    assert [action.value for action in env.env.actions] == list(range(18))
     envs.close()
 
 

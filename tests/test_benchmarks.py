@@ -414,7 +414,6 @@ def test_forms(monkeypatch):
     assert list(forms) == [
         "one process",
         "one process, Gymnasium's step",
-        "a process for each core",
         "a process for each game",
         "a process for each game, Gymnasium's step",
         "a process for each game, 2 at a time",
@@ -422,15 +421,14 @@ def test_forms(monkeypatch):
         "EnvPool, threads: 2",
     ]
     shapes = {}
-    for name in ("one process", "a process for each core", "a process for each game"):
+    for name in ("one process", "a process for each game"):
         envs = forms[name]()
         shapes[name] = getattr(envs, "shape", type(envs).__name__)
         assert envs.num_envs == 4
         envs.close()
     assert shapes == {
         "one process": "SyncVectorEnv",
-        "a process for each core": (2, 2),
-        "a process for each game": "AsyncVectorEnv",
+        "a process for each game": "Processes",
     }
     assert environments.measure(forms["one process"], args) > 0
 
@@ -438,14 +436,14 @@ def test_forms(monkeypatch):
 def test_environments_on_the_page():
     rows = table(
         ("one process", 200),
-        ("a process for each core", 400),
-        ("a process for each core", 500),
+        ("a process for each game", 400),
+        ("a process for each game", 500),
         ("one process", 300),
         ("other", 900),
         columns="form steps_per_second",
     )
     assert make_performance.environments_table(rows)[2:] == [
         "| one process | 2 | 250 (200 to 300) | 0.56 |",
-        "| a process for each core | 2 | 450 (400 to 500) | 1.00 |",
+        "| a process for each game | 2 | 450 (400 to 500) | 1.00 |",
         "| other | 1 | 900 (900 to 900) | 2.00 |",
     ]

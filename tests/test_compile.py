@@ -12,7 +12,7 @@ import ppo_continuous
 import ppo_discrete
 from conftest import far_from_initial, metrics, small_agent
 
-NOTICE = "not compiled, slower: "
+NOTICE = "notice: not compiled, slower: "
 BROKEN_COMPILER = """#!/bin/sh
 case "$*" in *version*) exit 0;; esac
 echo "fatal error: Python.h: No such file or directory" >&2

@@ -14,6 +14,12 @@ from conftest import far_from_initial, metrics, spy
 from envs import Choices
 
 
+def chosen(env):
+    """The environment as the script sees it."""
+    env.spec = gym.envs.registration.EnvSpec("Choices-v0")
+    return ppo_discrete.DiscreteActions(ppo_discrete.Watched(env, 0))
+
+
 def made(**kwargs):
     """The id of a new environment, an instance of Choices."""
     env_id = f"Choices{len(gym.registry)}-v0"
@@ -105,7 +111,7 @@ def test_m1_discrete_is_the_case_of_one_component():
 )
 def test_m1_the_environment_gets_actions_of_its_own_space(nvec, start):
     """Choices asserts that its space contains them; every one occurs."""
-    env = ppo_discrete.preprocess(Choices(np.array(nvec), np.array(start), length=200))
+    env = chosen(Choices(np.array(nvec), np.array(start), length=200))
     env.reset(seed=0)
     env.action_space.seed(0)
     assert env.action_space == gym.spaces.MultiDiscrete(np.ravel(nvec))
@@ -188,12 +194,12 @@ def test_x4_mask_of_each_observation_from_info_or_method(monkeypatch, masks, by_
 def test_x4_info_goes_before_the_method():
     env = Choices(masks=MASKS)
     env.action_masks = lambda: np.ones(5)
-    obs, _ = ppo_discrete.preprocess(env).reset(seed=0)
+    obs, _ = chosen(env).reset(seed=0)
     np.testing.assert_array_equal(obs[2:] == 0, PADDED[0])
 
 
 def test_x4_without_masks_every_choice_that_exists_is_valid():
-    env = ppo_discrete.preprocess(Choices())
+    env = chosen(Choices())
     assert env.observation_space == gym.spaces.Box(-np.inf, np.inf, (8,), np.float32)
     obs, _ = env.reset(seed=0)
     assert obs.tolist() == [0, 0, *np.where(ALL, 0, -1e8)]
@@ -218,10 +224,37 @@ def test_x4_the_update_replays_the_masks_of_the_rollout(monkeypatch, masks):
     assert ((ratios[1] - 1).abs().max() > 0.1) == (masks is not None)
 
 
-def test_x4_a_mask_of_the_wrong_length_is_refused():
-    env = ppo_discrete.preprocess(Choices(masks=[np.ones(4)]))
-    with pytest.raises(ValueError, match="shape mismatch"):
+NOTHING, ALL_FIVE = np.array([1, 1, 0, 0, 0]), np.ones(5)
+WRONG = [
+    ([np.ones(4)], 0, r"shape \(4,\), not \(5,\)"),
+    ([np.ones((2, 3))], 0, r"shape \(2, 3\), not \(5,\)"),
+    ([1], 0, r"shape \(\), not \(5,\)"),
+    ([(np.ones(2), np.ones(4))], 0, r"shape \(6,\), not \(5,\)"),
+    ([NOTHING], 0, r"allows nothing, sums of its components \[2 0\]"),
+    ([np.zeros(5)], 0, r"allows nothing, sums of its components \[0 0\]"),
+    ([ALL_FIVE, ALL_FIVE, NOTHING], 2, r"allows nothing, sums of its components \[2 0\]"),
+    ([None, ALL_FIVE, None, np.ones(3)], 3, r"shape \(3,\), not \(5,\)"),
+]
+
+
+@pytest.mark.parametrize("by_method", [False, True])
+@pytest.mark.parametrize(("masks", "step", "message"), WRONG)
+def test_x4_a_wrong_mask_ends_the_run_when_it_comes(masks, step, message, by_method):
+    """Whether it comes with the first observation or later, now and then or always."""
+    env = chosen(Choices(masks=masks, by_method=by_method, length=9, strict=False))
+    place = f"^Choices-v0, environment 0, step {step}: "
+    with pytest.raises(gym.error.Error, match=f"{place}a mask .*{message}"):
         env.reset(seed=0)
+        for _ in range(5):
+            env.step(np.array([0, 0]))
+    assert env.env.steps == step
+
+
+def test_x4_switches_have_two_choices_each_in_a_mask():
+    env = Choices(masks=[np.array([1, 0, 0, 1, 1, 1])])
+    env.action_space = gym.spaces.MultiBinary(3)
+    obs, _ = chosen(env).reset(seed=0)
+    assert obs[2:].tolist() == np.where([1, 0, 0, 1, 1, 1], 0, np.float32(-1e8)).tolist()
 
 
 def test_x4_learns_among_masks_that_change():

@@ -8,7 +8,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from gymnasium.spaces import Box, Dict, Discrete, MultiBinary, MultiDiscrete, Sequence, Tuple
+from gymnasium.spaces import Box, Dict, Discrete, MultiBinary, MultiDiscrete, Sequence, Text, Tuple
 
 import conftest
 import ppo_continuous
@@ -79,6 +79,7 @@ BOXES = {
     "Half": Box(-0.5, 0.5, (2,), np.float16),
 }
 OTHERS = {"Bits": MultiBinary(3), "Numbers": MultiDiscrete([2, 3]), "Tuple": Tuple((Discrete(2),))}
+OTHERS |= {"Dict": Dict({"steer": Discrete(3)}), "Text": Text(5)}
 ONE_ACTION = {"ppo_discrete": Discrete(2), "ppo_continuous": BOXES["Pair"]}
 LONG = {"episodes": (((1.0, False, False),) * 100,)}
 
@@ -215,18 +216,67 @@ def test_continuous_actions_reach_the_environment_in_its_shape_and_bounds(script
 @pytest.mark.parametrize("vectorization", ["sync", "async"])
 @pytest.mark.parametrize("name", ["Two", "Pair", *OTHERS])
 def test_other_actions_are_refused_with_the_script_that_has_them(script, vectorization, name):
-    kinds = {ppo_discrete: Discrete | MultiDiscrete, ppo_continuous: Box}[script]
-    kind, other = {ppo_discrete: (r"\(Multi\)Discrete", "continuous")}.get(
-        script, ("Box", "discrete")
-    )
+    """A Dict, a Tuple or a Text without: none has them."""
+    discrete = Discrete | MultiDiscrete | MultiBinary
+    kinds, other, has = (discrete, Box, "ppo_continuous.py has Box")
+    if script is ppo_continuous:
+        kinds, other, has = (Box, discrete, "ppo_discrete.py has them")
     space = (NUMBERS | BOXES | OTHERS)[name]
     args = script.Args(env_id=f"Takes{name}-v0", vectorization=vectorization, num_envs=2)
     if isinstance(space, kinds):
         script.make_envs(args).close()
     else:
-        with pytest.raises(gym.error.Error, match=f"not {kind}.*ppo_{other}.py") as error:
+        with pytest.raises(gym.error.Error, match="are not") as error:
             script.make_envs(args)
         assert str(space) in str(error.value)
+        assert str(error.value).endswith(has) == isinstance(space, other)
+        assert ("ppo_" in str(error.value)) == isinstance(space, other)
+
+
+@pytest.mark.parametrize("script", [ppo_discrete], indirect=True)
+@pytest.mark.parametrize("shape", [(3,), (3, 2), 4])
+def test_switches_are_choices_out_of_two(script, seen, shape):
+    """Actions reach the environment in its own shape and type."""
+    space = MultiBinary(shape)
+    env_id = f"Switches{space.shape[0]}by{len(space.shape)}-v0"
+    gym.register(env_id, Anything, kwargs={"observations": Box(-1, 1, (3,)), "actions": space})
+    train(script, env_id=env_id)
+    assert seen.envs[0].single_action_space == MultiDiscrete([2] * np.prod(space.shape))
+    for i, env in enumerate(sub_envs(seen)):
+        given = np.array([action[i] for action in seen.actions]).reshape(-1, *space.shape)
+        np.testing.assert_array_equal(env.actions, given)
+        assert {action.dtype for action in env.actions} == {space.dtype}
+    assert np.unique(seen.actions).tolist() == [0, 1]
+
+
+FAR = {
+    "ZeroToOne": Box(0, 1, (2,)),
+    "Wide": Box(-1000, 1000, (1,)),
+    "Tiny": Box(-0.05, 0.05, (1,)),
+    "OneOfTwo": Box(np.float32([-1, -300]), np.float32([1, 300])),
+    "Negative": Box(-2, 0, (1,)),
+}
+NEAR = {
+    "One": Box(-1, 1, (2,)),
+    "Pendulum": Box(-2, 2, (1,)),
+    "Humanoid": Box(-0.4, 0.4, (17,)),
+    "Unbounded": Box(-INF, INF, (2,)),
+    "HalfBounded": Box(0, INF, (2,)),
+    "Lopsided": Box(-1, 3, (1,)),
+}
+
+
+@pytest.mark.parametrize("name", [*FAR, *NEAR])
+def test_bounds_far_from_where_the_policy_starts_are_noticed(name, capsys):
+    """In one line, once a run, with the remedy."""
+    env_id, kwargs = f"Bounds{name}-v0", {"observations": Box(-1, 1, (2,))}
+    gym.register(env_id, Anything, kwargs=kwargs | {"actions": (FAR | NEAR)[name]})
+    ppo_continuous.notice.cache_clear()
+    for _ in range(2):
+        ppo_continuous.make_envs(ppo_continuous.Args(env_id=env_id, num_envs=2)).close()
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == (name in FAR)
+    assert all(x.startswith("notice: ") and "gym.wrappers.RescaleAction" in x for x in lines)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -274,7 +324,6 @@ def test_no_environment_seed_is_shared_between_runs(script, monkeypatch):
 def test_sync_and_async_runs_are_the_same(script, seen, name, tmp_path, monkeypatch):
     """In everything but time: observations, actions and all numbers of metrics.csv."""
     rows, kinds = [], {"sync": gym.vector.SyncVectorEnv, "async": script.Processes}
-    monkeypatch.setattr(os, "cpu_count", lambda: 2)
     for vectorization, kind in kinds.items():
         (tmp_path / vectorization).mkdir()
         monkeypatch.chdir(tmp_path / vectorization)
@@ -288,26 +337,14 @@ def test_sync_and_async_runs_are_the_same(script, seen, name, tmp_path, monkeypa
     np.testing.assert_array_equal(seen.actions[:16], seen.actions[16:])
 
 
-@pytest.mark.parametrize(
-    ("num_envs", "cores", "processes"),
-    [(1, 2, 1), (4, 1, 1), (8, 2, 2), (8, 3, 4), (7, 2, 7), (12, 8, 12), (8, 16, 8), (6, 3, 3)],
-)
-def test_all_cores_are_busy_and_have_the_same_number_of_environments(
-    num_envs, cores, processes, monkeypatch
-):
-    monkeypatch.setattr(os, "cpu_count", lambda: cores)
-    args = ppo_discrete.Args(num_envs=num_envs, vectorization="async")
-    envs = ppo_discrete.make_envs(args)
-    assert envs.shape == (processes, num_envs // processes)
-    assert len(envs.envs.processes) == processes
-    assert envs.num_envs == num_envs
-    assert envs.action_space.shape == (num_envs, 1)
-    assert envs.observation_space.shape == (num_envs, 6)
+def test_a_process_for_each_environment_scheduled_as_a_batch():
+    envs = ppo_discrete.make_envs(ppo_discrete.Args(num_envs=3, vectorization="async"))
+    assert len(envs.processes) == envs.num_envs == 3
     if hasattr(os, "SCHED_BATCH"):
-        kinds = {os.sched_getscheduler(process.pid) for process in envs.envs.processes}
+        kinds = {os.sched_getscheduler(process.pid) for process in envs.processes}
         assert kinds == {os.SCHED_BATCH}
     envs.close()
-    assert not any(process.is_alive() for process in envs.envs.processes)
+    assert not any(process.is_alive() for process in envs.processes)
 
 
 def test_processes_work_where_they_cannot_be_a_batch(monkeypatch):
@@ -320,57 +357,6 @@ def test_processes_work_where_they_cannot_be_a_batch(monkeypatch):
         monkeypatch.setattr(os, "sched_setscheduler", refuse, raising=False)
         envs = ppo_discrete.make_envs(ppo_discrete.Args(num_envs=2, vectorization="async"))
         assert envs.reset(seed=[1, 2])[0].shape == (2, 6)
-        envs.close()
-
-
-class Counting(Scripted):
-    """Says in `info` which environment it is, now and then, with an array and a nested number."""
-
-    def reset(self, *, seed=None, options=None):
-        obs, info = super().reset(seed=seed)
-        self.number = self.number if seed is None else seed
-        return obs, info | {"start": self.number}
-
-    def step(self, action):
-        *result, info = super().step(action)
-        if self.t == self.number:
-            info |= {"pair": np.array([self.number, self.t]), "deep": {"x": {"y": 0.5}}}
-        return *result, info
-
-
-FIVE = (*[(1.0, False, False)] * 4, (2.0, True, False))
-gym.register("Counting-v0", Counting, kwargs={"episodes": (FIVE,)})
-
-
-def test_info_of_all_processes_is_joined_as_in_one(monkeypatch):
-    """Step for step, with its masks; where a process has nothing to say, the mask is false."""
-    monkeypatch.setattr(os, "cpu_count", lambda: 2)
-    args = {"env_id": "Counting-v0", "num_envs": 4}
-    both = [
-        ppo_discrete.make_envs(ppo_discrete.Args(**args, vectorization=x))
-        for x in ("sync", "async")
-    ]
-    starts = [envs.reset(seed=[3, 1, 4, 2]) for envs in both]
-    np.testing.assert_equal(starts[1][0], starts[0][0])
-    assert starts[1][1]["start"].tolist() == [3, 1, 4, 2]
-    for t in range(1, 7):
-        steps = [envs.step(np.zeros((4, 1), int)) for envs in both]
-        for one, other in zip(*[step[:4] for step in steps], strict=True):
-            assert one.dtype == other.dtype
-            np.testing.assert_array_equal(one, other)
-        one, other = (step[4] for step in steps)
-        assert one.keys() == other.keys()
-        assert ("final_info" in other) == (t == 5)
-        if t == 5:
-            assert other["final_info"]["recorded"]["r"].tolist() == [6] * 4
-            np.testing.assert_equal(list(one["final_obs"]), list(other["final_obs"]))
-        if 1 <= t <= 4:
-            i = [3, 1, 4, 2].index(t)
-            assert other["_pair"].tolist() == [x == i for x in range(4)]
-            assert other["pair"][i].tolist() == [t, t]
-            assert other["deep"]["x"]["y"][i] == 0.5
-            np.testing.assert_equal(one["deep"], other["deep"])
-    for envs in both:
         envs.close()
 
 
@@ -464,5 +450,7 @@ def test_episodes_are_recorded_beside_those_an_environment_reports(script):
 def test_observations_that_are_no_vector_are_refused(script):
     spaces = {"observations": Sequence(Discrete(3)), "actions": ONE_ACTION[script.__name__]}
     gym.register(f"{script.__name__}/Sequence-v0", Anything, kwargs=spaces)
-    with pytest.raises(gym.error.Error, match=r"Sequence.*cannot be flattened"):
+    with pytest.raises(
+        gym.error.Error, match=r"^observation is Sequence.*no numbers; docs/your_own.md"
+    ):
         script.make_envs(script.Args(env_id=f"{script.__name__}/Sequence-v0", num_envs=1))

@@ -155,9 +155,9 @@ def test_synchronizations_are_forbidden_around_the_minibatches_only(tmp_path, mo
 
     def loaded(path, clock):
         module = load(path, clock)
-        gradient, episodes = module.ppo_gradient, module.Run.log_iteration
+        gradient, episodes = module.ppo_gradient, module.Run.end_iteration
         module.ppo_gradient = lambda *args: modes.append("gradient") or gradient(*args)
-        module.Run.log_iteration = lambda *args: modes.append("log") or episodes(*args)
+        module.Run.end_iteration = lambda *args: modes.append("log") or episodes(*args)
         return module
 
     class Str(str):

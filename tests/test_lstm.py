@@ -399,8 +399,7 @@ def test_l4_environments_that_cannot_be_divided_are_refused():
     assert (result.returncode, result.stdout) == (2, "")
     (line,) = result.stderr.splitlines()
     assert line == (
-        "error: 6 environments (--num-envs) cannot be divided into 4 equal minibatches; "
-        "change --num-minibatches"
+        "error: 6 environments (--num-envs) cannot be divided into 4 equal --num-minibatches"
     )
 
 

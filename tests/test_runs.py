@@ -446,12 +446,12 @@ def test_plain_lines_every_ten_seconds(monkeypatch, capsys):
     script = SCRIPTS["discrete"]
     clock = SimpleNamespace(now=1000.0)
 
-    def log_iteration(*args, original=script.Run.log_iteration, **kwargs):
+    def end_iteration(*args, original=script.Run.end_iteration, **kwargs):
         clock.now += 1.0
         return original(*args, **kwargs)
 
     monkeypatch.setattr(script, "time", SimpleNamespace(time=lambda: clock.now))
-    monkeypatch.setattr(script.Run, "log_iteration", log_iteration)
+    monkeypatch.setattr(script.Run, "end_iteration", end_iteration)
     train(script, env_id="Scripted-v0", total_timesteps=25 * 32)
     *lines, _ = capsys.readouterr().out.splitlines()
     assert [line.split(" of ")[0] for line in lines] == ["352", "704", "800"]
