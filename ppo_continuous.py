@@ -177,7 +177,7 @@ def make_envs(args: Args) -> gym.vector.VectorEnv:
         mujoco.set_mju_user_warning(lambda text: "deprecated" in text or notice(text))
 
     def make_env(i):  # what Gymnasium's checker says is the same for all
-        options = {"disable_env_checker": i > 0 or None} | json.loads(args.env_kwargs)
+        options = {"disable_env_checker": i > 0 or None, **json.loads(args.env_kwargs)}
         env = Watched(gym.make(args.env_id, **options), i)
         space = env.action_space
         if not isinstance(space, gym.spaces.Box):
@@ -456,6 +456,15 @@ def fail(message: str):
     sys.exit(2)
 
 
+def say(*words):
+    """A line on the standard output; a run goes on where that was closed, as by `| head`."""
+    try:
+        with tqdm.external_write_mode():
+            print(*words, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def parse_args(argv: list[str]) -> Args:
     """Args from the command line; W&B sweeps write a boolean as --flag=True or --flag=False."""
     names = "|".join(x.name for x in dataclasses.fields(Args) if x.type is bool)
@@ -471,10 +480,10 @@ def check_args(args: Args):
     import importlib.util
 
     for name, kind in get_type_hints(Args, include_extras=True).items():
+        value = getattr(args, name)
         for part in (kind, *get_args(kind)):  # X, or each of X | None
-            if hasattr(part, "__metadata__") and (value := getattr(args, name)) is not None:
-                valid, words = part.__metadata__
-                if not valid(value):
+            match getattr(part, "__metadata__", ()):
+                case (valid, words) if value is not None and not valid(value):
                     fail(f"--{name.replace('_', '-')} is {value}, it must be {words}")
     batch = f"a batch of {args.batch_size} (--num-envs x --num-steps)"
     if args.batch_size % args.num_minibatches:
@@ -499,7 +508,7 @@ def check_args(args: Args):
     except json.JSONDecodeError as error:
         fail(f"--env-kwargs {args.env_kwargs} is no JSON: {error}")
     except TypeError as error:
-        if "argument" not in str(error):
+        if not re.search("argument|mapping", str(error)):
             raise
         fail(f"{args.env_id}: {error}; --env-kwargs passes arguments")
 
@@ -684,19 +693,12 @@ class Run:
         last = iteration == self.args.num_iterations
         if self.bar.disable and (last or time.time() - self.last_line > 10):
             steps = f"{global_step:,} of {self.args.total_timesteps:,} steps"
-            self.say(f"{steps}, return {mean_return}, {steps_per_second:,} steps/s")
+            say(f"{steps}, return {mean_return}, {steps_per_second:,} steps/s")
             self.last_line = time.time()
         if last or iteration % self.args.checkpoint_every == 0:
             states = {k: getattr(v, "state_dict", lambda v=v: v)() for k, v in saved.items()}
             numbers = {"iteration": iteration, "global_step": global_step}
             self.save_checkpoint({"args": dataclasses.asdict(self.args)} | numbers | states)
-
-    def say(self, line: str):
-        """A line on the standard output; the run goes on where that was closed, as by `| head`."""
-        try:
-            print(line, flush=True)
-        except BrokenPipeError:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
     def check_finite(self, global_step: int, **data):
         """Stop before anything that is not finite is learned from, acted with or saved."""
@@ -721,7 +723,7 @@ class Run:
         self.metrics.close()
         if self.wandb:
             self.wandb.finish()
-        self.say(f"written to {self.folder}")
+        say(f"written to {self.folder}")
 
 
 def origin(device: torch.device) -> dict:

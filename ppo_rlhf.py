@@ -56,7 +56,7 @@ from collections.abc import Callable
 from itertools import chain, pairwise, repeat
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Annotated, Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple, get_args, get_type_hints
 
 import numpy as np
 import torch
@@ -70,17 +70,25 @@ from tqdm import tqdm
 # Configuration
 
 STAGES = ("sft", "rm", "ppo", "eval")
+Name = Annotated[str, lambda x: re.fullmatch(r"[^/\\]+", x), "a name, no path"]
+Seed = Annotated[int, lambda x: 0 <= x < 2**63, "from 0 to 2^63 - 1"]
+Count = Annotated[int, lambda x: x >= 1, "at least 1"]
+Fraction = Annotated[float, lambda x: 0 <= x <= 1, "from 0 to 1"]
+Weight = Annotated[float, lambda x: 0 <= x < math.inf, "at least 0 and finite"]
+Positive = Annotated[float, lambda x: x > 0, "above 0"]
+Whole = Annotated[int, lambda x: x >= 0, "at least 0"]
+Number = Annotated[float, math.isfinite, "finite"]
 Repeatable = Annotated[tuple[str, ...], tyro.conf.UseAppendAction]
 
 
 @dataclasses.dataclass(frozen=True)
 class Args:
-    exp_name: str = Path(__file__).stem  # name of the experiment, part of the run's name
-    seed: int = 1  # seed of everything random
+    exp_name: Name = Path(__file__).stem  # name of the experiment, part of the run's name
+    seed: Seed = 1  # seed of everything random
     torch_deterministic: bool = True  # only deterministic cuDNN kernels
     cuda: bool = True  # use the GPU if there is one
-    torch_threads: int = 1  # CPU threads of torch; networks this small are slower with more
-    checkpoint_every: int = 20  # steps of a stage between checkpoints
+    torch_threads: Count = 1  # CPU threads of torch; networks this small are slower with more
+    checkpoint_every: Count = 20  # steps of a stage between checkpoints
     track: bool = False  # log to Weights & Biases, too
     wandb_project_name: str = "ppo37"  # W&B project
     wandb_entity: str | None = None  # W&B team; None: your own account
@@ -89,55 +97,57 @@ class Args:
     stages: str = "sft,rm,ppo,eval"  # what to run; what is left out comes from --load
     load: str | None = None  # checkpoint with products of earlier stages; its settings are defaults
     resume: str | None = None  # checkpoint to go on from, in its folder and with its settings
-    eval_episodes: int = 512  # prompts of the evaluation
+    eval_episodes: Count = 512  # prompts of the evaluation
 
-    d_model: int = 64  # width of the Transformer
-    num_layers: int = 2  # its depth
-    num_heads: int = 4  # attention heads in each layer
-    response_length: int = 24  # R, most tokens of a response
-    temperature: float = 1.0  # divides the logits wherever PPO reads them [H10]
+    d_model: Count = 64  # width of the Transformer
+    num_layers: Count = 2  # its depth
+    num_heads: Count = 4  # attention heads in each layer
+    response_length: Count = 24  # R, most tokens of a response
+    temperature: Positive = 1.0  # divides the logits wherever PPO reads them [H10]
 
-    sft_texts: int = 8192  # demonstrations
-    sft_epochs: int = 3  # passes over them
-    sft_batch_size: int = 128  # demonstrations per step
-    sft_learning_rate: float = 3e-3  # step size at the start, linear to zero
-    rm_pairs: int = 4096  # pairs of samples the reward model learns from
-    rm_test_pairs: int = 1500  # further pairs it is tested on
-    rm_label_temperature: float = 1.0  # noise of the labels: sigmoid(difference of gold / this)
-    rm_epochs: int = 2  # passes over the pairs; more overfit, and large models after one [H27]
-    rm_batch_size: int = 32  # pairs per step
-    rm_learning_rate: float = 1e-3  # step size at the start, linear to zero
-    rm_coef: float = 1.0  # weight of the reward model in the score; 0: there is none
+    sft_texts: Count = 8192  # demonstrations
+    sft_epochs: Count = 3  # passes over them
+    sft_batch_size: Count = 128  # demonstrations per step
+    sft_learning_rate: Weight = 3e-3  # step size at the start, linear to zero
+    rm_pairs: Count = 4096  # pairs of samples the reward model learns from
+    rm_test_pairs: Count = 1500  # further pairs it is tested on
+    rm_label_temperature: Positive = 1.0  # noise of the labels: sigmoid(difference of gold / this)
+    rm_epochs: Count = 2  # passes over the pairs; more overfit, and large models after one [H27]
+    rm_batch_size: Count = 32  # pairs per step
+    rm_learning_rate: Weight = 1e-3  # step size at the start, linear to zero
+    rm_coef: Weight = 1.0  # weight of the reward model in the score; 0: there is none
     reward_fn: Repeatable = ()  # file.py:function[:weight], added to the score; repeatable
 
-    total_episodes: int = 8320  # responses sampled in total
-    batch_size: int = 128  # B, responses per rollout [H56]
-    gamma: float = 1.0  # no discount [H49]
-    gae_lambda: float = 0.95  # trades bias against variance of the advantages [H50]
-    kl_coef: float = 0.1  # beta, weight of the KL to the SFT policy in the reward [H44]
+    total_episodes: Count = 8320  # responses sampled in total
+    batch_size: Count = 128  # B, responses per rollout [H56]
+    gamma: Fraction = 1.0  # no discount [H49]
+    gae_lambda: Fraction = 0.95  # trades bias against variance of the advantages [H50]
+    kl_coef: Weight = 0.1  # beta, weight of the KL to the SFT policy in the reward [H44]
     kl_estimator: Literal["k1", "k2", "k3"] = "k1"  # joschu.net/blog/kl-approx.html
-    kl_target: float | None = None  # adapt beta to keep the KL here, in nats a response [H46]
-    kl_horizon: int = 10_000  # episodes that adaption takes
-    missing_eos_penalty: float = -1.0  # score of a response without EOS, whatever it says [H43]
+    kl_target: Positive | None = None  # adapt beta to keep the KL here, in nats a response [H46]
+    kl_horizon: Count = 10_000  # episodes that adaption takes
+    missing_eos_penalty: Number = -1.0  # score of a response without EOS, whatever it says [H43]
     whiten_rewards: bool = False  # scale rewards to unit variance, the mean stays [H47]
-    reward_clip: float | None = None  # clip scores to +- this many running std [H48]
+    reward_clip: Positive | None = None  # clip scores to +- this many running std [H48]
 
-    update_epochs: int = 4  # passes over the batch per rollout [H63]
-    num_minibatches: int = 1  # minibatches per pass [H56]
-    micro_batch_size: int = 64  # texts per backward pass: changes speed and memory, no result [H57]
-    learning_rate: float = 3e-4  # step size of AdamW at the start
-    value_learning_rate: float | None = None  # that of the value model; None: the same [H38]
+    update_epochs: Count = 4  # passes over the batch per rollout [H63]
+    num_minibatches: Count = 1  # minibatches per pass [H56]
+    micro_batch_size: Count = (
+        64  # texts per backward pass: changes speed and memory, no result [H57]
+    )
+    learning_rate: Weight = 3e-4  # step size of AdamW at the start
+    value_learning_rate: Weight | None = None  # that of the value model; None: the same [H38]
     anneal_lr: bool = True  # lower the learning rates linearly to zero [H17]
     norm_adv: bool = True  # whiten advantages over the whole rollout [H52]
-    clip_coef: float = 0.2  # epsilon, how far the policy may move per rollout [H55]
-    clip_coef_high: float | None = None  # another epsilon upwards, "clip-higher"; None: the same
+    clip_coef: Positive = 0.2  # epsilon, how far the policy may move per rollout [H55]
+    clip_coef_high: Positive | None = None  # another epsilon upwards, "clip-higher"; None: the same
     clip_vloss: bool = True  # clip the change of the value function by epsilon, too [H54]
-    vf_coef: float = 0.1  # weight of the value loss [H63]
-    max_grad_norm: float = 1.0  # norm the gradient of each network is clipped to [H39]
+    vf_coef: Weight = 0.1  # weight of the value loss [H63]
+    max_grad_norm: Positive = 1.0  # norm the gradient of each network is clipped to [H39]
     value_init: Literal["rm", "sft"] = "rm"  # the value model starts as this [H34]
-    critic_warmup: int = 5  # iterations at the start that train the value model only
-    ptx_coef: float = 0.0  # PPO-ptx: weight of the log-likelihood of demonstrations [H64]
-    ptx_ratio: int = 8  # demonstrations per episode, if so [H64]
+    critic_warmup: Whole = 5  # iterations at the start that train the value model only
+    ptx_coef: Weight = 0.0  # PPO-ptx: weight of the log-likelihood of demonstrations [H64]
+    ptx_ratio: Count = 8  # demonstrations per episode, if so [H64]
 
     minibatch_size = property(lambda args: args.batch_size // args.num_minibatches)
     num_iterations = property(lambda args: args.total_episodes // args.batch_size)  # [H59]
@@ -913,6 +923,15 @@ def fail(message: str):
     sys.exit(2)
 
 
+def say(*words):
+    """A line on the standard output; a run goes on where that was closed, as by `| head`."""
+    try:
+        with tqdm.external_write_mode():
+            print(*words, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def parse_args(argv: list[str]) -> Args:
     """Args from the command line; W&B sweeps write a boolean as --flag=True or --flag=False.
 
@@ -936,14 +955,14 @@ def parse_args(argv: list[str]) -> Args:
 
 def check_args(args: Args):
     """Refuse what cannot work, before any training starts and before W&B is contacted."""
-    may_be_0 = ("seed", "critic_warmup", "vf_coef", "gamma", "gae_lambda", "clip_coef_high")
-    for name, value in vars(args).items():
-        if type(value) in (int, float) and not math.isfinite(value):
-            fail(f"--{name.replace('_', '-')} is {value}, it must be finite")
-        least = 0 if name in may_be_0 or name.endswith(("_rate", "_coef")) else 1e-9
-        if type(value) in (int, float) and value < least and name != "missing_eos_penalty":
-            bound = "at least 0" if least == 0 else "more than 0"
-            fail(f"--{name.replace('_', '-')} is {value}, it must be {bound}")
+    import importlib.util
+
+    for name, kind in get_type_hints(Args, include_extras=True).items():
+        value = getattr(args, name)
+        for part in (kind, *get_args(kind)):  # X, or each of X | None
+            match getattr(part, "__metadata__", ()):
+                case (valid, words) if value is not None and not valid(value):
+                    fail(f"--{name.replace('_', '-')} is {value}, it must be {words}")
     if args.kl_target is not None and args.kl_coef == 0:
         fail("--kl-target adapts --kl-coef, which cannot be 0 then")
     if args.d_model % args.num_heads:
@@ -969,11 +988,8 @@ def check_args(args: Args):
         fail("--rm-coef 0 leaves no reward; add --reward-fn file.py:function")
     for text in args.reward_fn:
         load_reward_function(text)
-    if args.track:
-        try:
-            import wandb  # noqa: F401
-        except ImportError:
-            fail("--track needs the package wandb: pip install wandb")
+    if args.track and not importlib.util.find_spec("wandb"):
+        fail("--track needs the package wandb: pip install wandb")
 
 
 def load_reward_function(text: str):
@@ -982,6 +998,7 @@ def load_reward_function(text: str):
     if not match:
         fail(f"--reward-fn {text}: write file.py:function or file.py:function:weight")
     path, name, weight = match.groups()
+    sys.path[:0] = {str(Path(path).resolve().parent)} - set(sys.path)  # its neighbours
     try:
         function, weight = runpy.run_path(path)[name], float(weight or 1)
     except Exception as error:
@@ -1030,11 +1047,14 @@ class Run:
             self.metrics.truncate(data["metrics_bytes"])  # nothing stands twice
             self.metrics.seek(0, os.SEEK_END)
         else:
-            self.folder = self.new_folder()
-            text = json.dumps(config | origin(device), indent=2)
-            (self.folder / "config.json").write_text(text + "\n")
-            shutil.copy(__file__, self.folder)
-            self.metrics = open(self.folder / "metrics.csv", "w")
+            try:
+                self.folder = self.new_folder()
+                text = json.dumps(config | origin(device), indent=2)
+                (self.folder / "config.json").write_text(text + "\n")
+                shutil.copy(__file__, self.folder)
+                self.metrics = open(self.folder / "metrics.csv", "w")
+            except OSError as error:
+                fail(f"a run needs a folder to write to: {error}")
             self.metrics.write("global_step,time,name,value\n")
         self.wandb = None
         if args.track:
@@ -1118,7 +1138,7 @@ class Run:
         if iteration % 10 == 1 or iteration == self.args.num_iterations:
             shown = {"proxy": "objective/scores", "gold": "gold/score", "KL": "objective/kl"}
             line = "".join(f"  {name} {metrics[key]:6.2f}" for name, key in shown.items())
-            tqdm.write(f"ppo: {global_step:6,} episodes{line}", file=sys.stdout)
+            say(f"ppo: {global_step:6,} episodes{line}")
 
     def log_samples(self, iteration, global_step, task, tokens, *numbers):
         """[H67] Every ten iterations, a table in W&B of texts and what they were worth."""
@@ -1169,7 +1189,7 @@ class Run:
         code = 128 + self.signal if self.signal else 0
         if self.wandb:
             self.wandb.finish(exit_code=code)
-        print(f"written to {self.folder}")
+        say(f"written to {self.folder}")
         if code:
             sys.exit(code)
 
@@ -1201,14 +1221,14 @@ def evaluate(args, task, agent, run):
         table[name]["length"] = (responses != PAD).sum(1).float().mean().item()
         table[name]["missing_eos"] = 1 - (responses == task.eos).any(1).float().mean().item()
         table[name]["wins_against_sft"] = np.heaviside(gold["score"] - sft_gold, 0.5).mean()
-    print(f"\n{f'{len(prompts)} prompts':18}", *(f"{name:>11}" for name in table))
+    say(f"\n{f'{len(prompts)} prompts':18}", *(f"{name:>11}" for name in table))
     for row in table["SFT"]:
-        print(f"{row:18}", *(f"{column[row]:11.3f}" for column in table.values()))
-    print(*(f"{k} {v:.3f}" for k, v in run.numbers.items() if k.startswith("rm/")))
+        say(f"{row:18}", *(f"{column[row]:11.3f}" for column in table.values()))
+    say(*(f"{k} {v:.3f}" for k, v in run.numbers.items() if k.startswith("rm/")))
     for i, prompt in enumerate(read_texts(task, prompts[:4])):
-        print(f"\n{prompt}")
+        say(f"\n{prompt}")
         for name in ("SFT", "PPO"):
-            print("  {}  proxy {:+.2f}  gold {:+.2f}  {}".format(name, *texts[name][i]))
+            say("  {}  proxy {:+.2f}  gold {:+.2f}  {}".format(name, *texts[name][i]))
     cells = [(name, row) for name in table for row in table[name]]
     results = {f"eval/{n.lower().replace(' ', '_')}/{r}": float(table[n][r]) for n, r in cells}
     run.log(args.num_iterations * args.batch_size, results)

@@ -945,6 +945,24 @@ def test_reward_function_refused_in_time(text, hint, functions, capsys):
     assert line.startswith(f"error: --reward-fn {text}: ") and hint in line
 
 
+def test_a_reward_function_has_its_neighbours():
+    """Modules and files beside it, as if it was run by hand, imported early or late."""
+    folder = Path("rewards")
+    folder.mkdir()
+    (folder / "words_of_mine.py").write_text("GOOD = 2.0\n")
+    (folder / "late_words.py").write_text("MORE = 1.0\n")
+    (folder / "number.txt").write_text("0.5")
+    (folder / "mine.py").write_text(
+        "from pathlib import Path\nfrom words_of_mine import GOOD\n"
+        "NUMBER = float((Path(__file__).parent / 'number.txt').read_text())\n"
+        "def score(prompts, completions):\n"
+        "    from late_words import MORE\n"
+        "    return [GOOD + MORE + NUMBER] * len(prompts)\n"
+    )
+    name, function, weight = rlhf.load_reward_function("rewards/mine.py:score:2")
+    assert (name, function(["a"], ["b"]), weight) == ("rewards/mine.py:score", [3.5], 2.0)
+
+
 def test_reward_clip_of_equal_scores(functions, monkeypatch):
     """Rounding makes their variance negative."""
     monkeypatch.setenv("VALUE", "0.1")
@@ -954,30 +972,6 @@ def test_reward_clip_of_equal_scores(functions, monkeypatch):
 
 # ------------------------------------------------------------------------------------------------
 # Refused before training
-
-NUMBERS = {name: value for name, value in FIELDS.items() if type(value) in (int, float)}
-NUMBERS |= {"value_learning_rate": 0.1, "kl_target": 0.1, "reward_clip": 0.1, "clip_coef_high": 0.1}
-del NUMBERS["missing_eos_penalty"]  # which is negative
-MAY_BE_0 = {"seed", "critic_warmup", "gamma", "gae_lambda", "learning_rate", "value_learning_rate"}
-MAY_BE_0 |= {"sft_learning_rate", "rm_learning_rate", "kl_coef", "ptx_coef", "vf_coef", "rm_coef"}
-MAY_BE_0 |= {"clip_coef", "clip_coef_high"}
-
-
-@pytest.mark.parametrize("name", NUMBERS)
-def test_number_refused(name, capsys):
-    bad = [-1] if name in MAY_BE_0 else [-1, 0]
-    bad += [math.nan, math.inf] if isinstance(NUMBERS[name], float) else []
-    for value in bad:
-        args = rlhf.Args(**SORT | {name: value})
-        line = error_line(capsys, rlhf.check_args, args)
-        assert line.startswith(f"error: --{name.replace('_', '-')} is {value}, it must be ")
-    if name in MAY_BE_0:
-        rlhf.check_args(rlhf.Args(**SORT | {name: 0}))
-
-
-@pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_missing_eos_penalty_refused(value, capsys):
-    error_line(capsys, rlhf.check_args, rlhf.Args(**SORT, missing_eos_penalty=value))
 
 
 def test_kl_target_with_a_beta_of_0_refused(capsys):
@@ -1467,7 +1461,7 @@ def recorders(monkeypatch):
     def new_table(columns, data):
         return SimpleNamespace(columns=columns, data=data)
 
-    wandb = SimpleNamespace(init=init, Table=new_table, Error=CrashError)
+    wandb = SimpleNamespace(init=init, Table=new_table, Error=CrashError, __spec__=True)
     monkeypatch.setitem(sys.modules, "wandb", wandb)
     return runs
 
