@@ -132,9 +132,7 @@ class Args:
 
     update_epochs: Count = 4  # passes over the batch per rollout [H63]
     num_minibatches: Count = 1  # minibatches per pass [H56]
-    micro_batch_size: Count = (
-        64  # texts per backward pass: changes speed and memory, no result [H57]
-    )
+    micro_batch_size: Count = 64  # texts per backward pass: changes speed and memory only [H57]
     learning_rate: Weight = 3e-4  # step size of AdamW at the start
     value_learning_rate: Weight | None = None  # that of the value model; None: the same [H38]
     anneal_lr: bool = True  # lower the learning rates linearly to zero [H17]
