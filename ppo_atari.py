@@ -37,9 +37,11 @@ import json
 import os
 import re
 import shutil
+import signal
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Annotated, Literal, get_args, get_type_hints
 
 import ale_py
@@ -74,6 +76,10 @@ class Args:
     precision: Literal["fp32", "bf16"] = "bf16" if bf16 else "fp32"  # what the torso multiplies in
     compile: bool = True  # compile the update, which takes a while once; needs a C++ compiler
     checkpoint_every: Count = 100  # iterations between checkpoints
+    resume: str | None = None  # checkpoint or folder of a run, which goes on there
+    evaluate: str | None = None  # checkpoint or folder of a run, which plays and learns nothing
+    eval_episodes: Count = 10  # whole games it plays
+    deterministic: bool = False  # it plays the mode of the policy instead of samples
     track: bool = False  # log to Weights & Biases, too
     wandb_project_name: str = "ppo37"  # W&B project
     wandb_entity: str | None = None  # W&B team; None: your own account
@@ -82,6 +88,7 @@ class Args:
     env_kwargs: str = "{}"  # arguments of the environment in JSON, such as '{"size": 8}'
     total_timesteps: Count = 10_000_000  # actions taken in total
     vectorization: Literal["sync", "async"] = "async"  # one process, or one for each environment
+    env_timeout: Positive = 300.0  # seconds for a step of an environment in another process
     num_envs: Count = 8  # N, environments stepped in parallel [C1]
     num_steps: Count = 128  # T, steps per environment in a rollout
     gamma: Fraction = 0.99  # discount factor
@@ -361,11 +368,14 @@ def train(args: Args) -> Agent:
     actions = np.zeros((T, N, *action_space.shape), action_space.dtype)
     rewards, dones, final_values = np.zeros((3, T, N), np.float32)
 
-    run = Run(args, device)
-    seeds = np.random.SeedSequence([args.seed, 0, 0]).generate_state(N)  # [seed, rank, iteration]
-    obs[T], _ = envs.reset(seed=seeds.tolist())
-    global_step = 0
-    for iteration in range(1, args.num_iterations + 1):
+    run = Run(args, device, envs, saved)  # with --resume, all that is saved is as it was
+    optimizer.param_groups[0]["lr"] = lr
+    if args.evaluate:
+        return run.evaluate(agent)
+    seeds = np.random.SeedSequence([args.seed, 0, run.iteration])  # [seed, rank, iteration]
+    obs[T], _ = envs.reset(seed=seeds.generate_state(N).tolist())
+    global_step = run.iteration * args.batch_size
+    for iteration in range(run.iteration + 1, args.num_iterations + 1):
         rng = np.random.default_rng([args.seed, 0, iteration])  # [seed, rank, iteration]
         remaining = 1 - (iteration - 1) / args.num_iterations
         lr.fill_(args.learning_rate * (remaining if args.anneal_lr else 1))  # [C4]
@@ -430,9 +440,8 @@ def train(args: Args) -> Agent:
         errors, targets = (returns - values[:T]).var(), returns.var()  # [C12]
         means["losses/explained_variance"] = 1 - errors / targets if targets > 0 else np.nan
         charts = {"charts/learning_rate": lr, "charts/kl_coef": kl_coef}
-        run.end_iteration(iteration, global_step, charts | means, saved)
+        run.end_iteration(iteration, global_step, charts | means)
 
-    envs.close()
     run.close()
     return agent
 
@@ -462,13 +471,33 @@ def say(*words):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
+VERSION = 1  # of checkpoints
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+DERIVED = ("batch_size", "minibatch_size", "num_iterations")
+LATER = {"resume": None, "evaluate": None, "eval_episodes": 10, "deterministic": False}
+MAY_CHANGE = {"total_timesteps", "learning_rate", "precision", "cuda", "torch_threads", "compile"}
+MAY_CHANGE |= {"vectorization", "env_timeout", "checkpoint_every", "track", *LATER}
+MAY_CHANGE |= {"wandb_project_name", "wandb_entity"}
+
+
 def parse_args(argv: list[str]) -> Args:
     """Args from the command line; W&B sweeps write a boolean as --flag=True or --flag=False."""
     names = "|".join(x.name for x in dataclasses.fields(Args) if x.type is bool)
     names = names.replace("_", "[-_]")
     argv = [re.sub(rf"^--({names})=[Tt]rue$", r"--\1", arg) for arg in argv]
     argv = [re.sub(rf"^--({names})=[Ff]alse$", r"--no-\1", arg) for arg in argv]
-    return tyro.cli(Args, args=argv, description=__doc__.splitlines()[0])
+    args = tyro.cli(Args, args=argv, description=__doc__.splitlines()[0])
+    if not (path := args.resume or args.evaluate):
+        return args
+    old = load_checkpoint(path)["args"]  # what the command line does not say is as it was
+    args = tyro.cli(Args, args=argv, default=Args(**old))
+    for name in [x for x in old if x not in LATER and getattr(args, x) != old[x]]:
+        change = f"--{name.replace('_', '-')} is {getattr(args, name)}, it was {old[name]}"
+        if name not in MAY_CHANGE:
+            fail(f"{change}; that is another run than {path}")
+        more = "; what is annealed follows the new total" * (name == "total_timesteps")
+        say(f"{change}{more}")
+    return args
 
 
 def check_args(args: Args):
@@ -508,6 +537,19 @@ def check_args(args: Args):
         if not re.search("argument|mapping", str(error)):
             raise
         fail(f"{args.env_id}: {error}; --env-kwargs passes arguments")
+
+
+def load_checkpoint(path: str) -> dict:
+    """What end_iteration saved; anything else is refused. `path` may be the folder of the run."""
+    file = Path(path) / "checkpoint.pt" if Path(path).is_dir() else Path(path)
+    try:
+        data = torch.load(file, map_location="cpu", weights_only=True)
+        if data["version"] != VERSION:
+            raise ValueError(f"version {data['version']}, not {VERSION}")
+        Args(**data["args"])
+        return data | {"path": file}
+    except Exception as error:
+        fail(f"{file} is no checkpoint of this script: {type(error).__name__}: {error}")
 
 
 def compiled(function):
@@ -601,101 +643,186 @@ def refuse_what_is_no_number(space, name):
         raise gym.error.Error(f"{name} is {space}, no numbers; docs/your_own.md has a wrapper")
 
 
-class Processes(gym.vector.AsyncVectorEnv):
-    """A process for each environment. What one raises arrives without Gymnasium's log of it."""
+def worker(*args):
+    """Of one environment. Signals are for the process that learns, with which this one ends."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    with contextlib.suppress(OSError):  # that process has gone
+        gym.vector.async_vector_env._async_worker(*args)
 
-    def __init__(self, make_envs, **how):
-        super().__init__(make_envs, **how)
+
+class Processes(gym.vector.AsyncVectorEnv):
+    """A process for each environment; one that raises, hangs or dies ends the run with its index.
+
+    What it raises arrives as it is: Gymnasium's log of it fails at a % or two arguments.
+    """
+
+    def __init__(self, make_envs, timeout, **how):
+        self.timeout, self.steps = timeout, 0
+        super().__init__(make_envs, worker=worker, **how)
         for process in self.processes:  # or Linux wakes them one by one on the same core
             with contextlib.suppress(AttributeError, OSError):
                 os.sched_setscheduler(process.pid, os.SCHED_BATCH, os.sched_param(0))
 
+    def reset(self, **kwargs):
+        return self.all_alive(super().reset, **kwargs)
+
+    def step(self, actions):
+        self.steps += 1
+        return self.all_alive(super().step, actions)
+
+    def all_alive(self, method, *args, **kwargs):
+        try:
+            return method(*args, **kwargs)
+        except (EOFError, ConnectionError):
+            dead = [i for i, x in enumerate(self.processes) if x.join(0.1) or not x.is_alive()]
+            what = f"environment {dead[0]}, step {self.steps}: its process has ended"
+            raise gym.error.Error(f"{what}, exit code {self.processes[dead[0]].exitcode}") from None
+
+    def _poll_pipe_envs(self, timeout=None):
+        end = time.monotonic() + self.timeout
+        for i, pipe in enumerate(self.parent_pipes):
+            if not pipe.poll(max(0.0, end - time.monotonic())):
+                what = f"no answer in {self.timeout:g} seconds, --env-timeout"
+                raise gym.error.Error(f"environment {i}, step {self.steps}: {what}")
+        return True
+
     def _raise_if_errors(self, successes):
         if not all(successes):
-            self._state = gym.vector.async_vector_env.AsyncState.DEFAULT
             _, _, error, _ = self.error_queue.get()
             raise error
+
+    def close_extras(self, **kwargs):
+        """Ask them to close, and do not wait for long."""
+        for pipe in self.parent_pipes:
+            with contextlib.suppress(OSError):
+                pipe.send(("close", None))
+        end = time.monotonic() + 3
+        for process in self.processes:
+            process.join(max(0.0, end - time.monotonic()))
+            process.kill()
+            process.join()
 
 
 def lockstep(make_env, args: Args) -> gym.vector.VectorEnv:
     """make_env(0), ..., make_env(N - 1), one after the other or each in a process of its own."""
 
-    vector = {"sync": gym.vector.SyncVectorEnv, "async": Processes}[args.vectorization]
     several = [functools.partial(make_env, i) for i in range(args.num_envs)]
-    return vector(several, copy=False, autoreset_mode=gym.vector.AutoresetMode.SAME_STEP)
+    how = {"copy": False, "autoreset_mode": gym.vector.AutoresetMode.SAME_STEP}
+    if args.vectorization == "sync":
+        return gym.vector.SyncVectorEnv(several, **how)
+    return Processes(several, args.env_timeout, **how)
+
+
+def finished(info: dict):
+    """Index, return and length of each episode that ended with a step."""
+    if recorded := info.get("final_info", {}).get("recorded"):
+        for i in np.flatnonzero(info["final_info"]["_recorded"]):
+            yield int(i), float(recorded["r"][i]), int(recorded["l"][i])
 
 
 class Run:
     """What a run leaves behind: config.json, metrics.csv, checkpoint.pt, a copy of this script."""
 
-    def __init__(self, args: Args, device: torch.device):
-        self.args, self.checkpoint, Run.now = args, None, self
-        derived = ("batch_size", "minibatch_size", "num_iterations")
-        config = dataclasses.asdict(args) | {name: getattr(args, name) for name in derived}
+    def __init__(self, args: Args, device: torch.device, envs, saved: dict):
+        self.args, self.envs, self.saved, Run.now = args, envs, saved, self
+        self.checkpoint, self.signal, self.sent, self.wandb = None, 0, -1, None
+        self.bar, self.metrics = tqdm(disable=True), None
+        data = {"iteration": 0, "seconds": 0.0, "last_returns": []}
+        if path := args.resume or args.evaluate:
+            data = self.restore(load_checkpoint(path))
+        self.iteration, self.last_returns = data["iteration"], data["last_returns"]
+        if args.evaluate:
+            return
+        config = {name: getattr(args, name) for name in DERIVED} | dataclasses.asdict(args)
         config |= {f"env_kwargs/{k}": v for k, v in json.loads(args.env_kwargs).items()}
         try:
-            for now in range(int(time.time()), sys.maxsize):  # never a folder that exists
-                self.folder = Path("runs") / f"{args.env_id}__{args.exp_name}__{args.seed}__{now}"
-                with contextlib.suppress(FileExistsError):
-                    self.folder.mkdir(parents=True)
-                    break
-            (self.folder / "config.json").write_text(json.dumps(config | origin(device), indent=2))
-            shutil.copy(__file__, self.folder)
-            self.metrics = open(self.folder / "metrics.csv", "w")
+            self.open_folder(config | origin(device), data)
         except OSError as error:
             fail(f"a run needs a folder to write to: {error}")
-        self.metrics.write("global_step,time,name,value\n")
-        self.wandb = None
         if args.track:
             import wandb
 
             names = {"project": args.wandb_project_name, "entity": args.wandb_entity}
-            names |= {"name": str(self.folder.relative_to("runs"))}
+            names |= {"name": self.name, "id": data.get("wandb_id"), "resume": "allow"}
             try:
                 self.wandb = wandb.init(**names, config=config, save_code=True)
             except wandb.Error as error:
-                shutil.rmtree(self.folder)
+                if not args.resume:
+                    shutil.rmtree(self.folder)
                 fail(f"Weights & Biases: {error}")
             self.wandb.define_metric("*", step_metric="global_step")
-        self.last_returns = []  # of the last 100 episodes
-        self.bar = tqdm(total=args.total_timesteps, unit="step", disable=not sys.stderr.isatty())
-        self.start_time = self.last_line = time.time()
+        self.bar = tqdm(
+            total=args.total_timesteps,
+            initial=self.iteration * args.batch_size,
+            unit="step",
+            disable=not sys.stderr.isatty(),
+        )
+        self.start_time = time.time() - data["seconds"]
+        self.last_line = time.time()
+        with contextlib.suppress(ValueError):  # not the main thread
+            self.handlers = {x: signal.signal(x, self.on_signal) for x in SIGNALS}
+
+    def open_folder(self, config: dict, data: dict):
+        """A new one, or that of the checkpoint, with metrics as they were when it was saved."""
+        args = self.args
+        if args.resume:
+            self.folder, self.name = data["path"].parent, data["name"]
+            old = json.loads((self.folder / "config.json").read_text())
+            config = old | {"resumed": [*old.get("resumed", []), config]}
+            self.metrics = open(self.folder / "metrics.csv", "r+")
+            *_, last = self.metrics.read().splitlines()
+            self.sent = int(last.partition(",")[0]) if last[0].isdigit() else -1
+            self.metrics.truncate(data["metrics_bytes"])  # nothing stands twice
+            self.metrics.seek(0, os.SEEK_END)
+        else:
+            for now in range(int(time.time()), sys.maxsize):  # never a folder that exists
+                self.name = f"{args.env_id}__{args.exp_name}__{args.seed}__{now}"
+                self.folder = Path("runs") / self.name
+                with contextlib.suppress(FileExistsError):
+                    self.folder.mkdir(parents=True)
+                    break
+            shutil.copy(__file__, self.folder)
+            self.metrics = open(self.folder / "metrics.csv", "w")
+            self.metrics.write("global_step,time,name,value\n")
+        (self.folder / "config.json").write_text(json.dumps(config, indent=2))
+
+    def restore(self, data: dict) -> dict:
+        """Everything that is saved as it was in a checkpoint."""
+        self.checkpoint = data["path"]
+        try:
+            for name, value in self.saved.items():
+                if hasattr(value, "load_state_dict"):
+                    value.load_state_dict(data[name])
+                elif torch.is_tensor(value):
+                    value.copy_(data[name])
+                elif value is not None:  # running statistics
+                    vars(value).update({k: x.numpy() for k, x in data[name].items()})
+        except (KeyError, RuntimeError, ValueError) as error:
+            fail(f"{self.checkpoint} does not fit this script and environment: {error}")
+        return data
+
+    def on_signal(self, number, _):
+        """Stop after this iteration; a second signal does not wait for it."""
+        self.signal = number
+        for number in SIGNALS:
+            signal.signal(number, signal.SIG_DFL)
 
     def log(self, global_step: int, metrics: dict[str, float]):
         """One row for each metric in metrics.csv, one row for all of them in W&B."""
         seconds = time.time() - self.start_time
         for name, value in metrics.items():
             self.metrics.write(f"{global_step},{seconds:.3f},{name},{value:.9g}\n")
-        if self.wandb:
+        if self.wandb and global_step > self.sent:  # before the run was resumed
+            self.metrics.flush()
             self.wandb.log({"global_step": global_step} | metrics)
 
     def log_episodes(self, global_step: int, info: dict):
         """Return and length of each episode that ended with this step, in the order of the envs."""
-        if recorded := info.get("final_info", {}).get("recorded"):
-            for i in np.flatnonzero(info["final_info"]["_recorded"]):
-                score, length = float(recorded["r"][i]), int(recorded["l"][i])
-                row = {"charts/episodic_return": score, "charts/episodic_length": length}
-                self.log(global_step, row)
-                self.last_returns = [*self.last_returns[-99:], score]
-
-    def end_iteration(self, iteration: int, global_step: int, metrics: dict, saved: dict):
-        """Log, show the progress, a bar on a terminal, else plain lines; save now and then."""
-        metrics = {name: float(value) for name, value in metrics.items() if value is not None}
-        steps_per_second = int(global_step / (time.time() - self.start_time))
-        self.log(global_step, metrics | {"charts/SPS": steps_per_second})
-        self.metrics.flush()
-        mean_return = f"{np.mean(self.last_returns):.1f}" if self.last_returns else "none yet"
-        self.bar.set_postfix_str(f"return {mean_return}", refresh=False)
-        self.bar.update(global_step - self.bar.n)
-        last = iteration == self.args.num_iterations
-        if self.bar.disable and (last or time.time() - self.last_line > 10):
-            steps = f"{global_step:,} of {self.args.total_timesteps:,} steps"
-            say(f"{steps}, return {mean_return}, {steps_per_second:,} steps/s")
-            self.last_line = time.time()
-        if last or iteration % self.args.checkpoint_every == 0:
-            states = {k: getattr(v, "state_dict", lambda v=v: v)() for k, v in saved.items()}
-            numbers = {"iteration": iteration, "global_step": global_step}
-            self.save_checkpoint({"args": dataclasses.asdict(self.args)} | numbers | states)
+        for _, score, length in finished(info):
+            row = {"charts/episodic_return": score, "charts/episodic_length": length}
+            self.log(global_step, row)
+            self.last_returns = [*self.last_returns[-99:], score]
 
     def check_finite(self, global_step: int, **data):
         """Stop before anything that is not finite is learned from, acted with or saved."""
@@ -705,22 +832,97 @@ class Run:
 
     def stop(self, message: str):
         self.bar.close()
+        self.envs.close()
         fail(f"{message}; last good checkpoint: {self.checkpoint or 'none yet'}")
 
-    def save_checkpoint(self, data: dict):
+    def end_iteration(self, iteration: int, global_step: int, metrics: dict):
+        """Log, show the progress, a bar on a terminal, else plain lines; save now and then."""
+        metrics = {name: float(value) for name, value in metrics.items() if value is not None}
+        steps_per_second = int(global_step / (time.time() - self.start_time))
+        self.log(global_step, metrics | {"charts/SPS": steps_per_second})
+        mean_return = f"{np.mean(self.last_returns):.1f}" if self.last_returns else "none yet"
+        self.bar.set_postfix_str(f"return {mean_return}", refresh=False)
+        self.bar.update(global_step - self.bar.n)
+        last = iteration == self.args.num_iterations
+        if self.bar.disable and (last or time.time() - self.last_line > 10):
+            steps = f"{global_step:,} of {self.args.total_timesteps:,} steps"
+            say(f"{steps}, return {mean_return}, {steps_per_second:,} steps/s")
+            self.last_line = time.time()
+        try:
+            self.metrics.flush()
+            if last or self.signal or iteration % self.args.checkpoint_every == 0:
+                self.save_checkpoint(iteration)
+        except (OSError, RuntimeError) as error:  # a full disk, which torch reports as the latter
+            self.stop(f"{self.folder} cannot be written to: {error}")
+        if self.signal:
+            self.close()
+
+    def save_checkpoint(self, iteration: int):
         """Atomic: whatever happens meanwhile, a complete checkpoint is there under its name."""
+        data = {"version": VERSION, "name": self.name, "iteration": iteration}
+        data |= {"args": dataclasses.asdict(self.args) | LATER}
+        data |= {"global_step": iteration * self.args.batch_size}
+        data |= {"seconds": time.time() - self.start_time}
+        data |= {"last_returns": self.last_returns, "metrics_bytes": self.metrics.tell()}
+        data |= {"wandb_id": self.wandb.id} if self.wandb else {}
+        for name, value in self.saved.items():
+            if hasattr(value, "state_dict"):
+                data[name] = value.state_dict()
+            elif torch.is_tensor(value):
+                data[name] = value
+            elif value is not None:
+                data[name] = {k: torch.as_tensor(np.asarray(x)) for k, x in vars(value).items()}
         with open(self.folder / "checkpoint.tmp", "wb") as file:
             torch.save(data, file)
             file.flush()
             os.fsync(file.fileno())
         self.checkpoint = Path(file.name).replace(self.folder / "checkpoint.pt")
 
+    def evaluate(self, agent):
+        """Whole games with what was saved, nothing is learned: a table, and eval.csv beside it."""
+        args, envs, N = self.args, self.envs, self.args.num_envs
+        for value in self.saved.values():
+            if hasattr(value, "update"):  # running statistics stay as they are
+                value.update = lambda batch: None
+        seeds = np.random.SeedSequence([args.seed, 0, 0, 1])  # of no rollout
+        rng = np.random.default_rng(seeds)
+        if args.deterministic:  # without noise, the mode
+            rng = SimpleNamespace(gumbel=lambda size: 0.0, standard_normal=lambda size: 0.0)
+        obs, _ = envs.reset(seed=seeds.generate_state(N).tolist())
+        act, rows, start = agent.rollout_policy(rng), [], time.time()
+        left = [args.eval_episodes // N + (i < args.eval_episodes % N) for i in range(N)]
+        while any(left):  # as many of each environment, or short ones would count more
+            obs, _, _, _, info = envs.step(act(obs))
+            for i, score, length in finished(info):
+                if left[i]:
+                    left[i] -= 1
+                    rows.append((i, score, length))
+        table = ["environment,episodic_return,episodic_length"]
+        table += [f"{i},{score:.9g},{length}" for i, score, length in rows]
+        (self.checkpoint.parent / "eval.csv").write_text("\n".join(table) + "\n")
+        returns, lengths = np.array(rows)[:, 1:].T
+        say(f"{len(rows)} episodes, {len(rows) / (time.time() - start):.2f} a second")
+        for name, x in {"return": returns, "length": lengths}.items():
+            numbers = {"mean": x.mean(), "std": x.std(), "median": np.median(x)}
+            numbers |= {"min": x.min(), "max": x.max()}
+            say(f"{name:7}", *(f"{key} {value:.2f}" for key, value in numbers.items()))
+        envs.close()
+        return agent
+
     def close(self):
+        """The end of a run, its exit code the signal, if one asked for it."""
+        self.envs.close()
         self.bar.close()
         self.metrics.close()
+        code = 128 + self.signal if self.signal else 0
         if self.wandb:
-            self.wandb.finish()
+            self.wandb.finish(exit_code=code)
+        for number, handler in getattr(self, "handlers", {}).items():
+            signal.signal(number, handler)
         say(f"written to {self.folder}")
+        if code:
+            say(f"to go on: python {sys.argv[0]} --resume '{self.folder}'")
+            sys.exit(code)
 
 
 def origin(device: torch.device) -> dict:
@@ -750,6 +952,8 @@ if __name__ == "__main__":
     sys.path.insert(1, os.getcwd())  # --env-id module:id may be here
     args = parse_args(sys.argv[1:])
     check_args(args)
+    if args.evaluate:
+        args = dataclasses.replace(args, num_envs=min(args.num_envs, args.eval_episodes))
     try:
         train(args)
     except gym.error.Error as error:
