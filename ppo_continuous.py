@@ -34,12 +34,10 @@ import functools
 import json
 import os
 import re
-import shutil
 import signal
 import sys
 import time
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Annotated, Literal, get_args, get_type_hints
 
 import gymnasium as gym
@@ -369,8 +367,6 @@ def train(args: Args) -> Agent:
 
     run = Run(args, device, envs, saved)  # with --resume, all that is saved is as it was
     optimizer.param_groups[0]["lr"] = lr
-    if args.evaluate:
-        return run.evaluate(agent)
     seeds = np.random.SeedSequence([args.seed, 0, run.iteration])  # [seed, rank, iteration]
     obs[T], _ = envs.reset(seed=seeds.generate_state(N).tolist())
     global_step = run.iteration * args.batch_size
@@ -434,8 +430,7 @@ def train(args: Args) -> Agent:
 
         # log
         means = {f"losses/{k}": torch.stack([s[k] for s in stats]).mean().item() for k in stats[0]}
-        weights = nn.utils.get_total_norm(agent.parameters())
-        run.check_finite(global_step, **means, weights=weights.item())
+        run.check_finite(global_step, **means)
         errors, targets = (returns - values[:T]).var(), returns.var()  # [C12]
         means["losses/explained_variance"] = 1 - errors / targets if targets > 0 else np.nan
         charts = {"charts/learning_rate": lr, "charts/kl_coef": kl_coef}
@@ -657,8 +652,11 @@ class Processes(gym.vector.AsyncVectorEnv):
     """
 
     def __init__(self, make_envs, timeout, **how):
+        import atexit
+
         self.timeout, self.steps = timeout, 0
         super().__init__(make_envs, worker=worker, **how)
+        self.at_exit = atexit.register(self.close)  # or multiprocessing waits for them for ever
         for process in self.processes:  # or Linux wakes them one by one on the same core
             with contextlib.suppress(AttributeError, OSError):
                 os.sched_setscheduler(process.pid, os.SCHED_BATCH, os.sched_param(0))
@@ -732,7 +730,10 @@ class Run:
             data = self.restore(load_checkpoint(path))
         self.iteration, self.last_returns = data["iteration"], data["last_returns"]
         if args.evaluate:
+            self.iteration = args.num_iterations  # nothing is left to be learned
             return
+        import shutil
+
         config = {name: getattr(args, name) for name in DERIVED} | dataclasses.asdict(args)
         config |= {f"env_kwargs/{k}": v for k, v in json.loads(args.env_kwargs).items()}
         try:
@@ -781,9 +782,10 @@ class Run:
                 with contextlib.suppress(FileExistsError):
                     self.folder.mkdir(parents=True)
                     break
-            shutil.copy(__file__, self.folder)
+            (self.folder / Path(__file__).name).write_bytes(Path(__file__).read_bytes())
             self.metrics = open(self.folder / "metrics.csv", "w")
             self.metrics.write("global_step,time,name,value\n")
+        self.flush()
         (self.folder / "config.json").write_text(json.dumps(config, indent=2))
 
     def restore(self, data: dict) -> dict:
@@ -830,14 +832,23 @@ class Run:
                 self.stop(f"{name} not finite at step {global_step}")
 
     def stop(self, message: str):
+        """Fail, with all files whole."""
         self.bar.close()
         self.envs.close()
+        with contextlib.suppress(OSError):  # on a full disk, up to the last complete iteration
+            self.flush()
+        with contextlib.suppress(OSError):
+            self.metrics.close()
+        os.truncate(self.folder / "metrics.csv", self.bytes)
+        (self.folder / "checkpoint.tmp").unlink(missing_ok=True)
         fail(f"{message}; last good checkpoint: {self.checkpoint or 'none yet'}")
 
     def end_iteration(self, iteration: int, global_step: int, metrics: dict):
         """Log, show the progress, a bar on a terminal, else plain lines; save now and then."""
         metrics = {name: float(value) for name, value in metrics.items() if value is not None}
         steps_per_second = int(global_step / (time.time() - self.start_time))
+        weights = nn.utils.get_total_norm(self.saved["agent"].parameters())
+        self.check_finite(global_step, weights=weights.item())
         self.log(global_step, metrics | {"charts/SPS": steps_per_second})
         mean_return = f"{np.mean(self.last_returns):.1f}" if self.last_returns else "none yet"
         self.bar.set_postfix_str(f"return {mean_return}", refresh=False)
@@ -847,22 +858,25 @@ class Run:
             steps = f"{global_step:,} of {self.args.total_timesteps:,} steps"
             say(f"{steps}, return {mean_return}, {steps_per_second:,} steps/s")
             self.last_line = time.time()
-        try:
-            self.metrics.flush()
-            if last or self.signal or iteration % self.args.checkpoint_every == 0:
-                self.save_checkpoint(iteration)
-        except (OSError, RuntimeError) as error:  # a full disk, which torch reports as the latter
-            self.stop(f"{self.folder} cannot be written to: {error}")
+        self.flush()
+        if last or self.signal or iteration % self.args.checkpoint_every == 0:
+            self.save_checkpoint(iteration)
         if self.signal:
             self.close()
 
+    def flush(self):
+        self.metrics.flush()
+        self.bytes = self.metrics.tell()
+
     def save_checkpoint(self, iteration: int):
         """Atomic: whatever happens meanwhile, a complete checkpoint is there under its name."""
+        import io
+
         data = {"version": VERSION, "name": self.name, "iteration": iteration}
         data |= {"args": dataclasses.asdict(self.args) | LATER}
         data |= {"global_step": iteration * self.args.batch_size}
         data |= {"seconds": time.time() - self.start_time}
-        data |= {"last_returns": self.last_returns, "metrics_bytes": self.metrics.tell()}
+        data |= {"last_returns": self.last_returns, "metrics_bytes": self.bytes}
         data |= {"wandb_id": self.wandb.id} if self.wandb else {}
         for name, value in self.saved.items():
             if hasattr(value, "state_dict"):
@@ -872,13 +886,17 @@ class Run:
             elif value is not None:
                 data[name] = {k: torch.as_tensor(np.asarray(x)) for k, x in vars(value).items()}
         with open(self.folder / "checkpoint.tmp", "wb") as file:
-            torch.save(data, file)
+            buffer = io.BytesIO()  # torch would not report a full disk as an OSError
+            torch.save(data, buffer)
+            file.write(buffer.getbuffer())
             file.flush()
             os.fsync(file.fileno())
         self.checkpoint = Path(file.name).replace(self.folder / "checkpoint.pt")
 
-    def evaluate(self, agent):
+    def evaluate(self):
         """Whole games with what was saved, nothing is learned: a table, and eval.csv beside it."""
+        from types import SimpleNamespace
+
         args, envs, N = self.args, self.envs, self.args.num_envs
         for value in self.saved.values():
             if hasattr(value, "update"):  # running statistics stay as they are
@@ -888,7 +906,7 @@ class Run:
         if args.deterministic:  # without noise, the mode
             rng = SimpleNamespace(gumbel=lambda size: 0.0, standard_normal=lambda size: 0.0)
         obs, _ = envs.reset(seed=seeds.generate_state(N).tolist())
-        act, rows, start = agent.rollout_policy(rng), [], time.time()
+        act, rows, start = self.saved["agent"].rollout_policy(rng), [], time.time()
         left = [args.eval_episodes // N + (i < args.eval_episodes % N) for i in range(N)]
         while any(left):  # as many of each environment, or short ones would count more
             obs, _, _, _, info = envs.step(act(obs))
@@ -905,11 +923,11 @@ class Run:
             numbers = {"mean": x.mean(), "std": x.std(), "median": np.median(x)}
             numbers |= {"min": x.min(), "max": x.max()}
             say(f"{name:7}", *(f"{key} {value:.2f}" for key, value in numbers.items()))
-        envs.close()
-        return agent
 
     def close(self):
         """The end of a run, its exit code the signal, if one asked for it."""
+        if self.args.evaluate:
+            return self.evaluate() or self.envs.close()
         self.envs.close()
         self.bar.close()
         self.metrics.close()
@@ -957,3 +975,5 @@ if __name__ == "__main__":
         train(args)
     except gym.error.Error as error:
         Run.now.stop(error)
+    except OSError as error:  # a disk that is full, a folder that has gone
+        Run.now.stop(f"{Run.now.folder} cannot be written to: {error}")

@@ -99,8 +99,8 @@ VALUES_WHILE_ACTING = [
         "            return action, logits[range(len(action)), action], values.cpu().numpy()\n",
     ),
     (
-        "    run = Run(args, device)\n    seeds",
-        "    old = np.zeros((2, T + 1, N), np.float32)\n    run = Run(args, device)\n    seeds",
+        "    run = Run(args, device, envs, saved)",
+        "    old = np.zeros((2, T + 1, N), np.float32)\n    run = Run(args, device, envs, saved)",
     ),
     ("actions[t] = act(obs[t])", "actions[t], old[0, t], old[1, t] = act(obs[t])"),
     (

@@ -202,12 +202,12 @@ def test_checkpoint_holds_the_statistics_of_the_normalization():
     """2 environments, 2 first observations and 2 * 32 seen; the mean of ScriptedBox is known."""
     train(SCRIPTS["continuous"], env_id="ScriptedBox-v0")
     (folder,) = run_folders()
-    saved = torch.load(folder / "checkpoint.pt", weights_only=True)["normalizer"]
-    assert float(saved["obs_count"]) == pytest.approx(2 + 64, abs=1e-3)
-    assert float(saved["return_count"]) == pytest.approx(64, abs=1e-3)
+    saved = torch.load(folder / "checkpoint.pt", weights_only=True)
+    assert float(saved["obs_rms"]["count"]) == pytest.approx(2 + 64, abs=1e-3)
+    assert float(saved["return_rms"]["count"]) == pytest.approx(64, abs=1e-3)
     steps = [t % 3 for t in range(33)]
-    assert float(saved["obs_mean"][1]) == pytest.approx(np.mean(steps), abs=1e-5)
-    assert float(saved["obs_var"][1]) == pytest.approx(np.var(steps), abs=1e-5)
+    assert float(saved["obs_rms"]["mean"][1]) == pytest.approx(np.mean(steps), abs=1e-5)
+    assert float(saved["obs_rms"]["var"][1]) == pytest.approx(np.var(steps), abs=1e-5)
 
 
 @pytest.mark.parametrize("every, expected", [(2, [2, 4, 5]), (1, [1, 2, 3, 4, 5]), (100, [5])])
@@ -231,8 +231,7 @@ def test_interrupted_checkpoint_leaves_the_last_one_complete(script, monkeypatch
     def broken(state, file, *args, **kwargs):
         if state["iteration"] == 1:
             return save(state, file, *args, **kwargs)
-        write = file.write if hasattr(file, "write") else Path(file).write_bytes
-        write(b"half a checkpoint")
+        file.write(b"half a checkpoint")
         raise OSError("no space left on device")
 
     monkeypatch.setattr(torch, "save", broken)

@@ -1,0 +1,674 @@
+"""Runs that are stopped, killed and broken go on where the last checkpoint was."""
+
+import itertools
+import json
+import os
+import pickle
+import re
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+
+import ppo_atari
+import ppo_atari_lstm
+import ppo_continuous
+import ppo_discrete
+from conftest import ROOT
+
+SCRIPTS = {
+    "discrete": (ppo_discrete, "CartPole-v1"),
+    "continuous": (ppo_continuous, "Pendulum-v1"),
+    "atari": (ppo_atari, "PongNoFrameskip-v4"),
+    "atari_lstm": (ppo_atari_lstm, "PongNoFrameskip-v4"),
+}
+each_script = pytest.mark.parametrize("name", SCRIPTS)
+
+
+class Clock(gym.Env):
+    """The same eight steps for ever, whatever the seed: observations, rewards from the step."""
+
+    observation_space = gym.spaces.Box(-9, 9, (2,), np.float32)
+
+    def __init__(self, action_space):
+        self.action_space = action_space
+
+    def observation(self):
+        return np.float32([np.sin(self.t), self.t / 4])
+
+    def reset(self, *, seed=None, options=None):
+        self.t = 0
+        return self.observation(), {}
+
+    def step(self, action):
+        self.t += 1
+        return self.observation(), float(np.sum(action) * self.t), self.t == 8, False, {}
+
+
+CLOCKS = {"discrete": gym.spaces.Discrete(3), "continuous": gym.spaces.Box(-1, 1, (2,))}
+for kind, space in CLOCKS.items():
+    gym.register(f"{kind}/Clock-v0", Clock, kwargs={"action_space": space})
+
+
+def settings(name, **changes):
+    small = {"num_steps": 16, "num_envs": 2, "num_minibatches": 2, "update_epochs": 2}
+    plain = {"cuda": False, "torch_threads": 1, "vectorization": "sync", "checkpoint_every": 2}
+    plain |= {"env_id": SCRIPTS[name][1], "total_timesteps": 6 * 32}
+    plain |= {} if name == "atari_lstm" else {"compile": False}
+    plain |= {"precision": "fp32"} if "atari" in name else {}
+    return plain | small | changes
+
+
+def train(name, **changes):
+    """A run of six iterations. Returns the agent and its folder."""
+    agent = SCRIPTS[name][0].train(SCRIPTS[name][0].Args(**settings(name, **changes)))
+    folders = [path.parent for path in Path().glob("runs/**/checkpoint.pt")]
+    return agent, max(folders, key=lambda path: (path / "checkpoint.pt").stat().st_mtime_ns)
+
+
+def resume(name, folder, *flags):
+    script = SCRIPTS[name][0]
+    args = script.parse_args(["--resume", str(folder), *flags])
+    script.check_args(args)
+    return script.train(args)
+
+
+def rows(folder):
+    """Those of metrics.csv, without times."""
+    lines = (folder / "metrics.csv").read_text().splitlines()
+    assert lines[0] == "global_step,time,name,value"
+    found = [line.split(",") for line in lines[1:]]
+    assert all(len(row) == 4 for row in found)
+    return [(int(step), metric, x) for step, _, metric, x in found if metric != "charts/SPS"]
+
+
+def weights(agent):
+    return torch.cat([x.detach().flatten() for x in agent.parameters()])
+
+
+def interrupted(name, monkeypatch, **changes):
+    """The folder of a run that was stopped after four of its six iterations."""
+    script = SCRIPTS[name][0]
+    ends = script.Run.end_iteration
+
+    def end_iteration(run, iteration, *rest):
+        run.signal = signal.SIGTERM if iteration == 4 else 0
+        ends(run, iteration, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(script.Run, "end_iteration", end_iteration)
+        with pytest.raises(SystemExit) as stopped:
+            train(name, **changes)
+    assert stopped.value.code == 143
+    (saved,) = Path().glob("runs/**/checkpoint.pt")
+    return saved.parent
+
+
+def error_line(capsys, function, *args):
+    with pytest.raises(SystemExit) as error:
+        function(*args)
+    assert error.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ")
+    return line
+
+
+# ------------------------------------------------------------------------------------------------
+# The same run
+
+
+@each_script
+def test_two_runs_resumed_from_one_checkpoint_are_the_same(name, monkeypatch):
+    """Bit for bit, in another folder as well; the rows of the iterations are all there, once."""
+    folder = interrupted(name, monkeypatch)
+    other = Path(shutil.copytree(folder, "elsewhere"))
+    agents = [resume(name, path) for path in (folder, other)]
+    assert torch.equal(*map(weights, agents))
+    assert rows(folder) == rows(other)
+    steps = [step for step, metric, _ in rows(folder) if metric == "losses/loss"]
+    assert steps == [32, 64, 96, 128, 160, 192]
+    assert [x for x in Path().iterdir() if x.name not in ("runs", "elsewhere")] == []
+    times = [float(x.split(",")[1]) for x in (folder / "metrics.csv").read_text().splitlines()[1:]]
+    assert times == sorted(times)
+
+
+@pytest.mark.parametrize("name", CLOCKS)
+@pytest.mark.parametrize("penalty_kl", [None, 1e-4])
+def test_resumed_equals_uninterrupted(name, penalty_kl, monkeypatch):
+    """Where episodes end with an iteration, all is as if nothing had been: weights, moments, beta,
+    learning rate, running statistics, all rows."""
+    changes = {"env_id": f"{name}/Clock-v0", "penalty_kl": penalty_kl, "learning_rate": 1e-2}
+    folder = interrupted(name, monkeypatch, **changes)
+    agent = resume(name, folder)
+    whole, other = train(name, **changes)
+    assert other != folder
+    assert torch.equal(weights(agent), weights(whole))
+    assert rows(folder) == rows(other)
+    one, two = [torch.load(x / "checkpoint.pt", weights_only=True) for x in (folder, other)]
+    for key in ("seconds", "name", "metrics_bytes"):
+        one.pop(key), two.pop(key)
+    assert str(one) == str(two)
+    assert (penalty_kl is None) == ("kl_coef" not in one)
+
+
+def test_a_finished_run_is_extended(monkeypatch, capsys):
+    """The learning rate follows the new total; what changed is said in one line each."""
+    _, folder = train("discrete")
+    capsys.readouterr()
+    resume("discrete", folder, "--total-timesteps", "384", "--learning-rate", "0.001")
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == (
+        "--total-timesteps is 384, it was 192; what is annealed follows the new total"
+    )
+    assert lines[1] == "--learning-rate is 0.001, it was 0.00025"
+    rates = [float(x) for _, metric, x in rows(folder) if metric == "charts/learning_rate"]
+    expected = [2.5e-4 * (1 - i / 6) for i in range(6)] + [
+        1e-3 * (1 - i / 12) for i in range(6, 12)
+    ]
+    assert rates == pytest.approx(expected)
+    config = json.loads((folder / "config.json").read_text())
+    assert config["total_timesteps"] == 192
+    assert [x["total_timesteps"] for x in config["resumed"]] == [384]
+    resume("discrete", folder)  # nothing is left to do
+    assert len([1 for _, metric, _ in rows(folder) if metric == "losses/loss"]) == 12
+
+
+def test_the_first_observations_are_not_counted_twice(monkeypatch):
+    folder = interrupted("continuous", monkeypatch)
+    before = torch.load(folder / "checkpoint.pt", weights_only=True)["obs_rms"]
+    counts = []
+    update = ppo_continuous.RunningMeanStd.update
+    monkeypatch.setattr(
+        ppo_continuous.RunningMeanStd,
+        "update",
+        lambda rms, x: counts.append((float(rms.count), len(x))) or update(rms, x),
+    )
+    resume("continuous", folder)
+    assert counts[0] == (before["count"].item(), 2)
+    assert before["count"].item() == pytest.approx(4 * 32 + 2, abs=1e-3)
+
+
+def test_another_optimizer_moment_would_be_noticed(monkeypatch):
+    """The test above fails without the moments of Adam: they matter here."""
+    changes = {"env_id": "discrete/Clock-v0", "learning_rate": 1e-2}
+    folder = interrupted("discrete", monkeypatch, **changes)
+    spoiled = Path(shutil.copytree(folder, "spoiled"))
+    data = torch.load(spoiled / "checkpoint.pt", weights_only=True)
+    data["optimizer"]["state"][0]["exp_avg"] *= 0
+    torch.save(data, spoiled / "checkpoint.pt")
+    agents = [resume("discrete", path) for path in (folder, spoiled)]
+    assert not torch.equal(*map(weights, agents))
+
+
+# ------------------------------------------------------------------------------------------------
+# Killed
+
+
+def start(*flags, script="discrete", **kwargs):
+    small = "--num-envs 2 --num-steps 64 --num-minibatches 2 --no-compile --no-cuda"
+    command = [sys.executable, ROOT / f"ppo_{script}.py", *small.split(), *flags]
+    how = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(command, start_new_session=True, **how | kwargs)
+
+
+def killed_again_and_again(times):
+    rng = np.random.default_rng(times)
+    flags = ["--total-timesteps", "64000", "--checkpoint-every", "3"]
+    process = start(*flags)
+    for _ in range(times):
+        end = time.time() + 60
+        while not list(Path().glob("runs/*/checkpoint.pt")) and time.time() < end:
+            time.sleep(0.05)
+        time.sleep(rng.uniform(0.0, 0.5) + 4.0 * (process.args[-2] == "--resume"))
+        process.kill()
+        process.wait()
+        (folder,) = Path().glob("runs/*")
+        process = start("--resume", str(folder))
+    stdout, stderr = process.communicate(timeout=100)
+    assert process.returncode == 0, stderr
+    assert stdout.splitlines()[-1] == f"written to {folder}"
+    steps = [step for step, metric, _ in rows(folder) if metric == "losses/loss"]
+    assert steps == list(range(128, 64001, 128))
+    (rate,) = {
+        x for step, metric, x in rows(folder) if (step, metric) == (64000, "charts/learning_rate")
+    }
+    assert float(rate) == pytest.approx(2.5e-4 / 500)
+    assert len(json.loads((folder / "config.json").read_text())["resumed"]) == times
+
+
+def test_killed_three_times():
+    killed_again_and_again(3)
+
+
+@pytest.mark.slow
+def test_killed_twenty_times():
+    killed_again_and_again(20)
+
+
+def test_killed_in_the_middle_of_a_save(monkeypatch):
+    """Between write and rename: the checkpoint before is there, and the run goes on from it."""
+
+    class KilledError(BaseException):
+        pass
+
+    replace, calls = Path.replace, itertools.count()
+
+    def kill(*args):
+        if next(calls) == 1:
+            raise KilledError
+        return replace(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ppo_discrete.Path, "replace", kill)
+        with pytest.raises(KilledError):
+            train("discrete")
+    (folder,) = Path().glob("runs/*")
+    assert sorted(x.name for x in folder.glob("checkpoint*")) == ["checkpoint.pt", "checkpoint.tmp"]
+    assert torch.load(folder / "checkpoint.pt", weights_only=True)["iteration"] == 2
+    resume("discrete", folder)
+    assert [x.name for x in folder.glob("checkpoint*")] == ["checkpoint.pt"]
+    steps = [step for step, metric, _ in rows(folder) if metric == "losses/loss"]
+    assert steps == [32, 64, 96, 128, 160, 192]
+
+
+def test_a_disk_that_is_full(monkeypatch):
+    """One line; the checkpoint before and the rows that were complete are as they were."""
+    folder = interrupted("discrete", monkeypatch, num_steps=64, total_timesteps=6 * 128)
+    before = (folder / "checkpoint.pt").read_bytes()
+    half = (len(before) // 2, len(before) // 2)
+    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, half)  # noqa: E731
+    process = start("--resume", str(folder), preexec_fn=limit)
+    _, stderr = process.communicate(timeout=100)
+    assert process.returncode == 2
+    assert (folder / "checkpoint.pt").read_bytes() == before
+    (line,) = stderr.splitlines()
+    assert re.match("error: .* cannot be written to: ", line)
+    assert not (folder / "checkpoint.tmp").exists()
+    assert (folder / "metrics.csv").read_bytes().endswith(b"\n")
+
+
+def test_metrics_are_whole_where_the_disk_is_full(tmp_path):
+    limit = (100_000, 100_000)  # of each file: metrics.csv reaches it first
+    process = start(
+        "--total-timesteps",
+        "1280000",
+        "--checkpoint-every",
+        "100000",
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, limit),
+    )
+    _, stderr = process.communicate(timeout=100)
+    assert process.returncode == 2
+    (line,) = stderr.splitlines()
+    assert re.match("error: .* cannot be written to: .*; last good checkpoint: none yet", line)
+    (folder,) = Path().glob("runs/*")
+    assert len(rows(folder)) > 100
+    assert (folder / "metrics.csv").read_bytes().endswith(b"\n")
+
+
+# ------------------------------------------------------------------------------------------------
+# Refused
+
+
+@pytest.mark.parametrize(
+    ("flags", "hint"),
+    [
+        (["--gamma", "0.9"], "--gamma is 0.9, it was 0.99; that is another run than"),
+        (["--env-id", "Acrobot-v1"], "--env-id is Acrobot-v1, it was CartPole-v1; that is another"),
+        (["--num-envs", "4"], "--num-envs is 4, it was 2"),
+        (["--seed", "2"], "--seed is 2, it was 1"),
+        (["--no-norm-adv"], "--norm-adv is False, it was True"),
+    ],
+)
+def test_what_may_not_change(flags, hint, monkeypatch, capsys):
+    folder = interrupted("discrete", monkeypatch)
+    capsys.readouterr()
+    line = error_line(capsys, ppo_discrete.parse_args, ["--resume", str(folder), *flags])
+    assert hint in line
+
+
+def test_what_may_change(monkeypatch, capsys):
+    folder = interrupted("discrete", monkeypatch)
+    capsys.readouterr()
+    flags = ["--torch-threads", "2", "--checkpoint-every", "7", "--vectorization", "async"]
+    resume("discrete", folder, *flags)
+    assert capsys.readouterr().out.splitlines()[:3] == [
+        "--torch-threads is 2, it was 1",
+        "--checkpoint-every is 7, it was 2",
+        "--vectorization is async, it was sync",
+    ]
+
+
+class Malicious:
+    def __reduce__(self):
+        return (os.mkdir, ("hacked",))
+
+
+def broken(how, folder):
+    path = folder / "checkpoint.pt"
+    data = torch.load(path, weights_only=True)
+    if how == "truncated":
+        path.write_bytes(path.read_bytes()[:1000])
+    elif how == "empty":
+        path.write_bytes(b"")
+    elif how == "text":
+        path.write_text("no checkpoint")
+    elif how == "missing":
+        path.unlink()
+    elif how == "of a newer version":
+        torch.save(data | {"version": 2}, path)
+    elif how == "of something else":
+        torch.save({"model": data["agent"]}, path)
+    elif how == "with another flag":
+        torch.save(data | {"args": data["args"] | {"colour": 1}}, path)
+    elif how == "malicious":
+        path.write_bytes(pickle.dumps(Malicious()))
+    elif how == "malicious, in a checkpoint":
+        torch.save(data | {"x": Malicious()}, path)
+
+
+BROKEN = ["truncated", "empty", "text", "missing", "of a newer version", "of something else"]
+BROKEN += ["with another flag", "malicious", "malicious, in a checkpoint"]
+
+
+@pytest.mark.parametrize("how", BROKEN)
+@pytest.mark.parametrize("flag", ["--resume", "--evaluate"])
+def test_what_is_no_checkpoint(how, flag, monkeypatch, capsys):
+    """Also one that would do something else when it is loaded."""
+    folder = interrupted("discrete", monkeypatch)
+    broken(how, folder)
+    capsys.readouterr()
+    line = error_line(capsys, ppo_discrete.parse_args, [flag, str(folder)])
+    assert f"error: {folder}/checkpoint.pt is no checkpoint of this script: " in line
+    assert not Path("hacked").exists()
+
+
+@pytest.mark.parametrize("other", ["continuous", "atari", "atari_lstm"])
+def test_the_checkpoint_of_another_script(other, monkeypatch, capsys):
+    folder = interrupted(other, monkeypatch)
+    capsys.readouterr()
+    script = ppo_atari if other == "atari_lstm" else ppo_discrete
+
+    def go_on():
+        args = script.parse_args(["--resume", str(folder)])
+        script.check_args(args)
+        script.train(args)
+
+    line = error_line(capsys, go_on)
+    words = ["no checkpoint of this script", "ppo_continuous.py has", "does not fit this script"]
+    assert any(word in line for word in words), line
+
+
+# ------------------------------------------------------------------------------------------------
+# Signals
+
+
+def children(process):
+    """Processes of the session that a run started."""
+    found = subprocess.run(
+        ["ps", "-s", str(process.pid), "-o", "pid="], capture_output=True, check=False
+    )
+    return found.stdout.decode().split()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("everyone", [False, True], ids=["process", "group"])
+def test_a_signal_ends_a_run_after_its_iteration(number, everyone):
+    """With a checkpoint, the command to go on and the signal as exit code; nobody is left over."""
+    process = start("--total-timesteps", "10000000", "--vectorization", "async")
+    while not list(Path().glob("runs/*/metrics.csv")):
+        time.sleep(0.05)
+    time.sleep(1.0)
+    (os.killpg if everyone else os.kill)(process.pid, number)
+    stdout, stderr = process.communicate(timeout=60)
+    assert process.returncode == 128 + number
+    assert stderr == ""
+    (folder,) = Path().glob("runs/*")
+    *_, written, command = stdout.splitlines()
+    assert written == f"written to {folder}"
+    assert command == f"to go on: python {ROOT / 'ppo_discrete.py'} --resume '{folder}'"
+    saved = torch.load(folder / "checkpoint.pt", weights_only=True)
+    assert rows(folder)[-1][0] == saved["global_step"] > 0
+    assert children(process) == []
+
+
+def test_a_second_signal_does_not_wait():
+    flags = ["--total-timesteps", "10000000", "--num-steps", "100000", "--vectorization", "async"]
+    process = start(*flags)
+    while not list(Path().glob("runs/*/metrics.csv")):
+        time.sleep(0.05)
+    time.sleep(0.5)
+    process.send_signal(signal.SIGINT)
+    time.sleep(0.5)
+    assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=10) == -signal.SIGINT
+    end = time.time() + 10
+    while children(process) and time.time() < end:
+        time.sleep(0.1)
+    assert children(process) == []
+
+
+def test_handlers_are_as_they_were():
+    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    train("discrete")
+    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
+
+
+# ------------------------------------------------------------------------------------------------
+# Environments in processes of their own
+
+FAULT = """
+import os, time
+import gymnasium as gym
+import numpy as np
+
+class Fault(gym.Env):
+    observation_space = gym.spaces.Box(-1, 1, (3,), np.float32)
+    action_space = gym.spaces.Discrete(3)
+    steps = 0
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        return np.zeros(3, np.float32), {{}}
+
+    def step(self, action):
+        self.steps += 1
+        if self.steps == 200 and self.np_random.random() >= 0:
+            {what}
+        return np.zeros(3, np.float32), 1.0, self.steps % 5 == 0, False, {{}}
+
+gym.register("Fault-v0", Fault)
+"""
+FAULTS = {
+    "dies": ("os._exit(3)", "environment [01], step 200: its process has ended, exit code 3"),
+    "is killed": ("os.kill(os.getpid(), 9)", "environment [01], step 200: its process .* code -9"),
+    "hangs": ("time.sleep(1000)", "environment 0, step 200: no answer in 2 seconds, --env-timeout"),
+    "raises": ("raise OSError('100%', 2)", r"Fault-v0, environment [01], step 200: OSError: "),
+}
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_an_environment_that_fails_ends_the_run(name):
+    """In one line, with its index, the step and the last good checkpoint; nobody is left over."""
+    what, message = FAULTS[name]
+    Path("fault.py").write_text(FAULT.format(what=what))
+    flags = ["--env-id", "fault:Fault-v0", "--vectorization", "async", "--env-timeout", "2"]
+    process = start(*flags, "--checkpoint-every", "1")
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 2
+    *before, line = stderr.splitlines()
+    (saved,) = Path().glob("runs/*/checkpoint.pt")
+    assert re.match(f"error: {message}", line), line
+    assert line.endswith(f"; last good checkpoint: {saved}")
+    assert bool(before) == (name == "raises")
+    assert children(process) == []
+
+
+@pytest.mark.parametrize("context", ["spawn", "forkserver"])
+def test_other_ways_to_start_processes(context):
+    """As on Windows and macOS, and on Linux from Python 3.14."""
+    code = f"""
+import multiprocessing, runpy, sys
+if __name__ == "__main__":
+    multiprocessing.set_start_method({context!r})
+    sys.argv = ["ppo_discrete.py", *"--vectorization async --num-envs 2 --no-compile".split()]
+    sys.argv += "--no-cuda --num-steps 64 --num-minibatches 2 --total-timesteps 256".split()
+    runpy.run_path({str(ROOT / "ppo_discrete.py")!r}, run_name="__main__")
+"""
+    Path("start.py").write_text(code)
+    done = subprocess.run(
+        [sys.executable, "start.py"], capture_output=True, text=True, timeout=100, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert len(list(Path().glob("runs/*/checkpoint.pt"))) == 1
+
+
+# ------------------------------------------------------------------------------------------------
+# W&B
+
+
+def test_a_wandb_run_goes_on_and_no_curve_runs_back(monkeypatch):
+    """Under its id; steps that were sent before the kill are not sent again."""
+    calls, sent = [], []
+
+    class FakeError(Exception):
+        pass
+
+    def init(**kwargs):
+        calls.append(kwargs)
+        return SimpleNamespace(
+            id="abc", log=sent.append, finish=lambda **kw: None, define_metric=lambda *a, **kw: None
+        )
+
+    fake = SimpleNamespace(init=init, Error=FakeError, __spec__=True)
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    ends = ppo_discrete.Run.end_iteration
+
+    class KilledError(BaseException):
+        pass
+
+    def end_iteration(run, iteration, *rest):
+        ends(run, iteration, *rest)
+        if iteration == 3:
+            raise KilledError  # one iteration after the checkpoint
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ppo_discrete.Run, "end_iteration", end_iteration)
+        with pytest.raises(KilledError):
+            train("discrete", track=True)
+    (folder,) = Path().glob("runs/*")
+    before = [row["global_step"] for row in sent]
+    assert before[-1] == 96
+    sent.clear()
+    resume("discrete", folder)
+    assert calls[0]["id"] is None
+    assert (calls[1]["id"], calls[1]["resume"], calls[1]["name"]) == (
+        "abc",
+        "allow",
+        calls[0]["name"],
+    )
+    steps = [row["global_step"] for row in sent]
+    assert steps == sorted(steps) and steps[0] > 96 and steps[-1] == 192
+    assert [step for step, metric, _ in rows(folder) if metric == "losses/loss"][2] == 96
+
+
+# ------------------------------------------------------------------------------------------------
+# Evaluation
+
+
+def evaluate(name, folder, capsys, *flags):
+    script = SCRIPTS[name][0]
+    capsys.readouterr()
+    args = script.parse_args(["--evaluate", str(folder), *flags])
+    script.check_args(args)
+    script.train(args)
+    lines = (folder / "eval.csv").read_text().splitlines()
+    assert lines[0] == "environment,episodic_return,episodic_length"
+    return capsys.readouterr().out.splitlines(), [line.split(",") for line in lines[1:]]
+
+
+@each_script
+def test_evaluation(name, capsys):
+    """Whole games, a table and a row for each; nothing else in the folder changes."""
+    quick = {"env_kwargs": '{"max_num_frames_per_episode": 400}'} if "atari" in name else {}
+    _, folder = train(name, **quick)
+    before = {path: path.read_bytes() for path in folder.iterdir()}
+    table, episodes = evaluate(name, folder, capsys, "--eval-episodes", "5")
+    assert {x: x.read_bytes() for x in folder.iterdir() if x.name != "eval.csv"} == before
+    assert sorted(row[0] for row in episodes) == ["0", "0", "0", "1", "1"]
+    returns = np.array([float(row[1]) for row in episodes])
+    numbers = f"mean {returns.mean():.2f} std {returns.std():.2f} median {np.median(returns):.2f}"
+    assert table[1] == f"return  {numbers} min {returns.min():.2f} max {returns.max():.2f}"
+    assert re.fullmatch(r"5 episodes, \d+\.\d\d a second", table[0])
+    assert evaluate(name, folder, capsys, "--eval-episodes", "5")[1] == episodes
+    modes = [evaluate(name, folder, capsys, "--deterministic")[1] for _ in range(2)]
+    assert modes[0] == modes[1]
+    assert len(modes[0]) == 10
+
+
+def test_short_episodes_are_not_preferred(capsys):
+    """As many of each environment, or those of the quick ones would count more."""
+
+    class Lengths(Clock):
+        def step(self, action):
+            self.t += 1
+            return self.observation(), 1.0, self.t == self.length, False, {}
+
+        def reset(self, *, seed=None, options=None):
+            if seed is not None:
+                self.length = 2 if seed % 2 else 40
+            return super().reset(seed=seed)
+
+    gym.register("Lengths-v0", Lengths, kwargs={"action_space": gym.spaces.Discrete(3)})
+    _, folder = train("discrete", env_id="Lengths-v0", num_envs=8, num_minibatches=4)
+    _, episodes = evaluate("discrete", folder, capsys, "--eval-episodes", "16")
+    counts = np.bincount([int(row[0]) for row in episodes])
+    assert counts.tolist() == [2] * 8
+    assert {row[2] for row in episodes} == {"2", "40"}
+
+
+def test_statistics_are_frozen(capsys, monkeypatch):
+    _, folder = train("continuous")
+    made, make_envs = [], ppo_continuous.make_envs
+    monkeypatch.setattr(
+        ppo_continuous, "make_envs", lambda args: made.append(make_envs(args)) or made[-1]
+    )
+    evaluate("continuous", folder, capsys, "--eval-episodes", "2")
+    saved = torch.load(folder / "checkpoint.pt", weights_only=True)
+    np.testing.assert_array_equal(made[-1].obs_rms.mean, saved["obs_rms"]["mean"].numpy())
+    assert made[-1].obs_rms.count == saved["obs_rms"]["count"]
+    assert made[-1].return_rms.count == saved["return_rms"]["count"]
+
+
+def test_the_mode_is_played(capsys, monkeypatch):
+    """Of a policy that knows what to do, but not for sure."""
+    _, folder = train("discrete", env_id="Guess-v0")
+    path = folder / "checkpoint.pt"
+    data = torch.load(path, weights_only=True)
+    for key, x in data["agent"].items():
+        x.zero_()
+        if key == "actor.0.weight" or key == "actor.2.weight":
+            x[:4, :4] = torch.eye(4)
+        if key == "actor.4.weight":
+            x[:4, :4] = 2 * torch.eye(4)
+    torch.save(data, path)
+    _, mode = evaluate("discrete", folder, capsys, "--eval-episodes", "100", "--deterministic")
+    _, samples = evaluate("discrete", folder, capsys, "--eval-episodes", "100")
+    assert {row[1] for row in mode} == {"1"}
+    assert {row[1] for row in samples} == {"0", "1"}
+
+
+def test_a_run_that_goes_on_may_be_evaluated(monkeypatch, capsys):
+    folder = interrupted("discrete", monkeypatch)
+    table, _ = evaluate("discrete", folder, capsys, "--num-envs", "2")
+    assert table[0].startswith("10 episodes")
+    resume("discrete", folder)
