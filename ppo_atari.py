@@ -26,7 +26,8 @@ References
 # /// script
 # requires-python = ">=3.11"
 # dependencies = ["gymnasium[mujoco,atari,classic-control]==1.4.0", "numpy==2.4.6", "torch==2.13.0",
-#   "opencv-python-headless==5.0.0.93", "tqdm==4.70.1", "tyro==1.0.17", "wandb==0.31.0"]
+#   "opencv-python-headless==5.0.0.93", "imageio-ffmpeg==0.8.1", "tqdm==4.70.1", "tyro==1.0.17",
+#   "wandb==0.31.0"]
 # ///
 
 import contextlib
@@ -74,6 +75,7 @@ class Args:
     precision: Literal["fp32", "bf16"] = "bf16" if bf16 else "fp32"  # what the torso multiplies in
     compile: bool = True  # compile the update, which takes a while once; needs a C++ compiler
     checkpoint_every: Count = 100  # iterations between checkpoints
+    capture_video: bool = False  # film whole games into videos/, in training now and then
     resume: str | None = None  # checkpoint or folder of a run, which goes on there
     evaluate: str | None = None  # checkpoint or folder of a run, which plays and learns nothing
     eval_episodes: Count = 10  # whole games it plays
@@ -127,6 +129,7 @@ class AtariPreprocessing(gym.Wrapper):
 
     def __init__(self, env: gym.Env):
         super().__init__(env)
+        self.metadata = env.metadata | {"render_fps": 15}  # one in four of the emulator's 60
         self.observation_space = gym.spaces.Box(0, 255, (84, 84, 4), np.uint8)
         self.ale, meanings = env.unwrapped.ale, env.unwrapped.get_action_meanings()
         self.actions = [getattr(ale_py.Action, meaning) for meaning in meanings]
@@ -140,8 +143,7 @@ class AtariPreprocessing(gym.Wrapper):
             _, terminated, truncated, _ = self.play(action)
             if terminated or truncated:
                 self.start_life(**kwargs)
-        empty = np.zeros((84, 84), np.uint8)
-        self.frames = [empty, empty, empty, self.warp()]  # [A7] as VecFrameStack starts
+        self.frames = [*np.zeros((3, 84, 84), np.uint8), self.warp()]  # [A7] as VecFrameStack
         return cv2.merge(self.frames), {}
 
     def step(self, action):
@@ -204,7 +206,7 @@ def make_envs(args: Args) -> gym.vector.VectorEnv:
     """N environments in lockstep; when one ends, it returns the first observation of the next."""
 
     def make_env(i):
-        game = gym.make(args.env_id, **(kwargs := json.loads(args.env_kwargs)))
+        game = gym.make(args.env_id, **(kwargs := options(args, i)))
         if not isinstance(game.unwrapped, ale_py.AtariEnv):
             raise gym.error.Error("no Atari game; use ppo_discrete.py or ppo_continuous.py")
         if game.spec.max_episode_steps or game.spec.additional_wrappers:
@@ -366,7 +368,6 @@ def train(args: Args) -> Agent:
     rewards, dones, final_values = np.zeros((3, T, N), np.float32)
 
     run = Run(args, device, envs, saved)  # with --resume, all that is saved is as it was
-    optimizer.param_groups[0]["lr"] = lr
     seeds = np.random.SeedSequence([args.seed, 0, run.iteration])  # [seed, rank, iteration]
     obs[T], _ = envs.reset(seed=seeds.generate_state(N).tolist())
     global_step = run.iteration * args.batch_size
@@ -389,10 +390,9 @@ def train(args: Args) -> Agent:
             dones[t] = terminated | truncated
             global_step += N
             run.log_episodes(global_step, info)
-            cut_off = truncated & ~terminated
-            if args.bootstrap_truncation and cut_off.any():  # a time limit is not death
+            if args.bootstrap_truncation and (cut_off := truncated & ~terminated).any():
                 final_obs = torch.as_tensor(np.stack(info["final_obs"][cut_off]), device=device)
-                final_values[t, cut_off] = agent(final_obs)[1].detach().cpu().numpy()
+                final_values[t, cut_off] = agent(final_obs)[1].detach().cpu().numpy()  # not death
 
         # log-probabilities and values under the policy that acted, which is still the current one
         torch.set_num_threads(args.torch_threads)
@@ -469,6 +469,7 @@ VERSION = 1  # of checkpoints
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 DERIVED = ("batch_size", "minibatch_size", "num_iterations")
 LATER = {"resume": None, "evaluate": None, "eval_episodes": 10, "deterministic": False}
+LATER |= {"capture_video": False}
 MAY_CHANGE = {"total_timesteps", "learning_rate", "precision", "cuda", "torch_threads", "compile"}
 MAY_CHANGE |= {"vectorization", "env_timeout", "checkpoint_every", "track", *LATER}
 MAY_CHANGE |= {"wandb_project_name", "wandb_entity"}
@@ -570,8 +571,11 @@ class Watched(gym.Wrapper):
 
     Observations become arrays of numbers, flat if they come as a Dict, a Tuple or an int. `info` is
     cut down to what is read: action_mask, and after an episode its return and length, recorded
-    here, or by the environment itself as info["whole_game"] if an episode is a part of it.
+    here, or by the environment itself as info["whole_game"] if an episode is a part of it. If
+    `film` says how a file begins, whole games are filmed: numbers 0, 1, 8, 27, ..., or all of them.
     """
+
+    film, film_all, writer, game = None, False, None, 0
 
     def __init__(self, env: gym.Env, i: int):
         super().__init__(env)
@@ -588,6 +592,8 @@ class Watched(gym.Wrapper):
             obs, info = self.env.reset(**kwargs)
         except Exception as error:
             self.report(error)
+        if self.film:
+            self.frame()
         obs = self.checked("observation", obs, self.to_array, self.shape)
         return obs, {k: info[k] for k in ("action_mask",) if k in info}
 
@@ -606,6 +612,8 @@ class Watched(gym.Wrapper):
         if terminated or truncated:
             game = info.get("whole_game", {"r": self.score, "l": self.length})
             read |= {"recorded": game} if game else {}
+        if self.film:
+            self.frame("recorded" in read)
         return obs, reward, bool(terminated), bool(truncated), read
 
     def checked(self, what, value, to_array, shape):
@@ -615,6 +623,35 @@ class Watched(gym.Wrapper):
                 return x
         given = f"{type(value).__name__} {getattr(value, 'shape', '')} {value!r:.60}"
         self.fault(f"{what} is {given}, not numbers of shape {shape}")
+
+    def frame(self, last=False):
+        """Into a file that gets its name with the last frame of the game."""
+        import imageio_ffmpeg
+
+        path = Path(f"{self.film}game-{self.game}.mp4")
+        seldom = round(self.game ** (1 / 3)) ** 3 == self.game  # as Gymnasium's RecordVideo
+        if self.film_all or (seldom if self.game < 1000 else self.game % 1000 == 0):
+            try:
+                picture = np.ascontiguousarray(self.env.render())
+            except Exception as error:
+                self.fault(f"no picture, MuJoCo takes them by EGL or OSMesa (libegl1): {error}")
+            if self.writer is None:
+                how = {"fps": self.metadata.get("render_fps", 30), "macro_block_size": 2}
+                size = picture.shape[1::-1]
+                self.writer = imageio_ffmpeg.write_frames(path.with_suffix(".tmp.mp4"), size, **how)
+                self.writer.send(None)
+            self.writer.send(picture)
+        if last:
+            self.game += 1
+            if self.writer:
+                self.writer = self.writer.close()
+                path.with_suffix(".tmp.mp4").replace(path)
+
+    def close(self):
+        if self.writer:
+            self.writer.close()
+            Path(f"{self.film}game-{self.game}.tmp.mp4").unlink()  # of a game that was not over
+        super().close()
 
     def report(self, error):
         sys.excepthook(*sys.exc_info())  # of the environment's own code
@@ -701,6 +738,16 @@ class Processes(gym.vector.AsyncVectorEnv):
             process.join()
 
 
+def options(args: Args, i: int) -> dict:
+    """Of gym.make for environment i. What Gymnasium's checker says is the same for all."""
+    options = {"disable_env_checker": i > 0 or None, **json.loads(args.env_kwargs)}
+    if args.capture_video and (i == 0 or args.evaluate):
+        options["render_mode"] = "rgb_array"
+        if "DISPLAY" not in os.environ:  # MuJoCo's pictures without a screen
+            os.environ.setdefault("MUJOCO_GL", "egl")
+    return options
+
+
 def lockstep(make_env, args: Args) -> gym.vector.VectorEnv:
     """make_env(0), ..., make_env(N - 1), one after the other or each in a process of its own."""
 
@@ -724,7 +771,7 @@ class Run:
     def __init__(self, args: Args, device: torch.device, envs, saved: dict):
         self.args, self.envs, self.saved, Run.now = args, envs, saved, self
         self.checkpoint, self.signal, self.sent, self.wandb = None, 0, -1, None
-        self.bar, self.metrics = tqdm(disable=True), None
+        self.bar, self.metrics, self.uploaded = tqdm(disable=True), None, set()
         data = {"iteration": 0, "seconds": 0.0, "last_returns": []}
         if path := args.resume or args.evaluate:
             data = self.restore(load_checkpoint(path))
@@ -740,6 +787,7 @@ class Run:
             self.open_folder(config | origin(device), data)
         except OSError as error:
             fail(f"a run needs a folder to write to: {error}")
+        self.film(self.folder, f"step-{self.iteration * args.batch_size}-")
         if args.track:
             import wandb
 
@@ -762,6 +810,16 @@ class Run:
         self.last_line = time.time()
         with contextlib.suppress(ValueError):  # not the main thread
             self.handlers = {x: signal.signal(x, self.on_signal) for x in SIGNALS}
+
+    def film(self, folder: Path, name: str):
+        """Tell the first environment, or all that are evaluated, where videos go."""
+        self.videos, args = folder / "videos", self.args
+        if args.capture_video:
+            self.videos.mkdir(exist_ok=True)
+            name, N = str(self.videos.absolute() / name), args.num_envs
+            names = [f"{name}{i}-" for i in range(N)] if args.evaluate else [name] + [""] * (N - 1)
+            self.envs.unwrapped.set_attr("film", names)
+            self.envs.unwrapped.set_attr("film_all", bool(args.evaluate))
 
     def open_folder(self, config: dict, data: dict):
         """A new one, or that of the checkpoint, with metrics as they were when it was saved."""
@@ -791,6 +849,7 @@ class Run:
     def restore(self, data: dict) -> dict:
         """Everything that is saved as it was in a checkpoint."""
         self.checkpoint = data["path"]
+        rates = self.saved["optimizer"].param_groups[0]["lr"]  # the tensor that is filled
         try:
             for name, value in self.saved.items():
                 if hasattr(value, "load_state_dict"):
@@ -801,6 +860,7 @@ class Run:
                     vars(value).update({k: x.numpy() for k, x in data[name].items()})
         except (KeyError, RuntimeError, ValueError) as error:
             fail(f"{self.checkpoint} does not fit this script and environment: {error}")
+        self.saved["optimizer"].param_groups[0]["lr"] = rates
         return data
 
     def on_signal(self, number, _):
@@ -817,6 +877,11 @@ class Run:
         if self.wandb and global_step > self.sent:  # before the run was resumed
             self.metrics.flush()
             self.wandb.log({"global_step": global_step} | metrics)
+            for path in set(self.videos.glob("*[0-9].mp4")) - self.uploaded:
+                import wandb
+
+                self.wandb.log({"global_step": global_step, path.stem: wandb.Video(str(path))})
+                self.uploaded.add(path)
 
     def log_episodes(self, global_step: int, info: dict):
         """Return and length of each episode that ended with this step, in the order of the envs."""
@@ -835,12 +900,13 @@ class Run:
         """Fail, with all files whole."""
         self.bar.close()
         self.envs.close()
-        with contextlib.suppress(OSError):  # on a full disk, up to the last complete iteration
-            self.flush()
-        with contextlib.suppress(OSError):
-            self.metrics.close()
-        os.truncate(self.folder / "metrics.csv", self.bytes)
-        (self.folder / "checkpoint.tmp").unlink(missing_ok=True)
+        if not self.args.evaluate:
+            with contextlib.suppress(OSError):  # on a full disk, up to the last whole iteration
+                self.flush()
+            with contextlib.suppress(OSError):
+                self.metrics.close()
+            os.truncate(self.folder / "metrics.csv", self.bytes)
+            (self.folder / "checkpoint.tmp").unlink(missing_ok=True)
         fail(f"{message}; last good checkpoint: {self.checkpoint or 'none yet'}")
 
     def end_iteration(self, iteration: int, global_step: int, metrics: dict):
@@ -898,6 +964,7 @@ class Run:
         from types import SimpleNamespace
 
         args, envs, N = self.args, self.envs, self.args.num_envs
+        self.film(self.checkpoint.parent, "evaluation-")
         for value in self.saved.values():
             if hasattr(value, "update"):  # running statistics stay as they are
                 value.update = lambda batch: None
@@ -927,8 +994,10 @@ class Run:
     def close(self):
         """The end of a run, its exit code the signal, if one asked for it."""
         if self.args.evaluate:
-            return self.evaluate() or self.envs.close()
+            self.evaluate()
         self.envs.close()
+        if self.args.evaluate:
+            return
         self.bar.close()
         self.metrics.close()
         code = 128 + self.signal if self.signal else 0

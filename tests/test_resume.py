@@ -532,6 +532,33 @@ if __name__ == "__main__":
     assert len(list(Path().glob("runs/*/checkpoint.pt"))) == 1
 
 
+def resources(processes):
+    """Memory in MB, of a process that of its own alone, and open files of all."""
+    folders = [Path(f"/proc/{pid}") for pid in (os.getpid(), *(x.pid for x in processes))]
+    pages = [(path / "statm").read_text().split() for path in folders]
+    memory = sum(int(resident) - int(shared) for _, resident, shared, *_ in pages)
+    return memory * 4096 / 1e6, sum(len(list((path / "fd").iterdir())) for path in folders)
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="no /proc")
+def test_ten_thousand_episodes_leave_nothing_behind(monkeypatch):
+    """Of one step each, in two processes: as many files, and no more memory than at a tenth."""
+    seen, ends = [], ppo_discrete.Run.end_iteration
+
+    def end_iteration(run, *args):
+        ends(run, *args)
+        seen.append(resources(run.envs.processes))
+
+    monkeypatch.setattr(ppo_discrete.Run, "end_iteration", end_iteration)
+    changes = {"env_id": "Guess-v0", "vectorization": "async", "num_steps": 128}
+    _, folder = train("discrete", total_timesteps=10_240, **changes)
+    assert len([1 for _, metric, _ in rows(folder) if metric == "charts/episodic_return"]) == 10_240
+    memory, files = np.transpose(seen)
+    assert len(memory) == 40
+    assert set(files[4:]) == {files[4]}
+    assert memory[-1] - memory[4] < 5
+
+
 # ------------------------------------------------------------------------------------------------
 # W&B
 

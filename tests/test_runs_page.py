@@ -1,0 +1,69 @@
+"""docs/runs.md: its commands in their order, in one folder, and its programs."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+from conftest import ROOT, metrics
+
+PAGE = (ROOT / "docs" / "runs.md").read_text()
+BLOCKS = re.findall(r"(?ms)^```(\w+)\n(.+?)^```$", PAGE)
+COMMANDS = [line for kind, code in BLOCKS if kind == "sh" for line in code.splitlines()]
+PROGRAMS = [code for kind, code in BLOCKS if kind == "python"]
+FIRST = "--num-steps 32 --num-minibatches 2 --no-compile --no-cuda"
+
+
+def run(command):
+    """With fewer steps than on the page."""
+    command = command.replace("python ppo_", f"{sys.executable} {ROOT}/ppo_")
+    command = re.sub(r"steps (\d+)000\b", r"steps \1", command.replace("00000", "0240"))
+    done = subprocess.run(
+        command, shell=True, check=False, capture_output=True, text=True, timeout=100
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_commands():
+    assert len(COMMANDS) == 6 and all(x.startswith("python ppo_discrete.py") for x in COMMANDS)
+    first, resume, extend, *judge, film = COMMANDS
+    run(f"{first} {FIRST}")
+    (folder,) = Path().glob("runs/CartPole-v1__first__1__*")
+    assert {x.name for x in folder.iterdir()} == {
+        *("config.json", "metrics.csv", "checkpoint.pt", "ppo_discrete.py")
+    }
+    steps = max(step for step, *_ in metrics())
+    run(resume)
+    assert max(step for step, *_ in metrics()) == steps
+    assert "what is annealed follows the new total" in run(extend)
+    assert max(step for step, *_ in metrics()) == 20_224
+    assert run(judge[0]).startswith("20 episodes, ")
+    assert run(judge[1]).startswith("10 episodes, ")
+    assert len((folder / "eval.csv").read_text().splitlines()) == 11
+    run(film)
+    assert len(list(folder.glob("videos/evaluation-*.mp4"))) >= 3
+    files = re.findall(r"(?m)^\| `([\w.]+)/?` \|", PAGE)
+    assert sorted(files) == sorted(x.name for x in folder.iterdir())
+
+
+def test_programs():
+    flags = f"--total-timesteps 256 --num-envs 2 {FIRST}"
+    for code, task in zip(PROGRAMS, ("discrete", "continuous --env-id Pendulum-v1"), strict=True):
+        run(f"python ppo_{task.replace(' ', '.py ', 1) if ' ' in task else task + '.py'} {flags}")
+        name = task.split()[0]
+        (path,) = [x for x in Path().glob("runs/*/checkpoint.pt") if f"ppo_{name}" in str(x)]
+        Path("program.py").write_text(code)
+        done = subprocess.run(
+            [sys.executable, "program.py", path],
+            env=os.environ | {"PYTHONPATH": str(ROOT)},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+        assert abs(float(done.stdout)) < 100
+        assert torch.load(path, weights_only=True)["iteration"] == 4
