@@ -40,6 +40,7 @@ References
 import copy
 import dataclasses
 import hashlib
+import io
 import json
 import math
 import os
@@ -1007,7 +1008,8 @@ def load_reward_function(text: str):
 
 
 def load_checkpoint(path: str) -> dict:
-    """What save_checkpoint wrote; any other file is refused."""
+    """What save_checkpoint wrote; any other file is refused. `path` may be the run's folder."""
+    path = Path(path) / "checkpoint.pt" if Path(path).is_dir() else Path(path)
     try:
         data = torch.load(path, map_location="cpu", weights_only=True)
         Args(**data["args"]), data["stage"]
@@ -1037,7 +1039,8 @@ class Run:
                 fail(f"{path} does not fit these settings: {error}")
         if args.resume:
             self.data, self.stage, self.step = data, data["stage"], data["step"]  # [H69]
-            self.folder = Path(args.resume).parent
+            resumed = Path(args.resume)
+            self.folder = resumed if resumed.is_dir() else resumed.parent
             try:
                 self.metrics = open(self.folder / "metrics.csv", "r+")
             except OSError as error:
@@ -1172,7 +1175,9 @@ class Run:
         data |= {"wandb_id": self.wandb.id} if self.wandb else {}
         data |= {"optimizer": self.optimizer.state_dict()} if self.optimizer else {}
         with open(self.folder / "checkpoint.tmp", "wb") as file:
-            torch.save(data, file)
+            buffer = io.BytesIO()  # torch would not report a full disk as an OSError
+            torch.save(data, buffer)
+            file.write(buffer.getbuffer())
             file.flush()
             os.fsync(file.fileno())
         os.replace(file.name, self.folder / "checkpoint.pt")
@@ -1187,6 +1192,8 @@ class Run:
         code = 128 + self.signal if self.signal else 0
         if self.wandb:
             self.wandb.finish(exit_code=code)
+        if code:
+            say(f"to go on: python {sys.argv[0]} --resume '{self.folder}'")
         say(f"written to {self.folder}")
         if code:
             sys.exit(code)
@@ -1252,4 +1259,7 @@ def origin(device: torch.device) -> dict:
 if __name__ == "__main__":
     args = parse_args(sys.argv[1:])
     check_args(args)
-    train(args)
+    try:
+        train(args)
+    except OSError as error:  # a disk that is full, a folder that has gone
+        fail(f"the run's folder cannot be written to: {error}")

@@ -10,6 +10,7 @@ import json
 import math
 import os
 import re
+import resource
 import signal
 import subprocess
 import sys
@@ -1010,7 +1011,7 @@ def test_checkpoint_refused(option, kind, capsys):
     elif kind == "other":
         torch.save({"args": {"env_id": "CartPole-v1", "seed": 1}, "iteration": 3}, path)
     line = error_line(capsys, rlhf.parse_args, [option, str(path)])
-    assert line.startswith("error: some.pt is no checkpoint of ppo_rlhf.py: ")
+    assert re.match(r"error: some\.pt(/checkpoint\.pt)? is no checkpoint of ppo_rlhf\.py: ", line)
 
 
 @pytest.mark.parametrize("flag", ["--d-model=32", "--num-layers=2", "--response-length=12"])
@@ -1669,3 +1670,35 @@ def test_script_needs_no_other_packages(tmp_path):
     process = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert process.returncode == 0, process.stderr
     assert len(list(tmp_path.glob(CHECKPOINTS))) == 1
+
+
+# ------------------------------------------------------------------------------------------------
+# The folder of a run, and disks
+
+
+def test_the_folder_is_as_good_as_its_checkpoint():
+    """To resume and to load from; both say the same as checkpoint.pt."""
+    done = train()
+    folder = done.folder
+    one, two = (rlhf.parse_args(["--resume", str(x)]) for x in (folder, folder / "checkpoint.pt"))
+    assert dataclasses.replace(one, resume=None) == dataclasses.replace(two, resume=None)
+    with pytest.raises(SystemExit):
+        rlhf.parse_args(["--resume", "."])
+
+
+def test_a_disk_that_is_full_is_one_line(tmp_path):
+    limit = (200_000, 200_000)
+    command = [sys.executable, rlhf.__file__, "--task", "sort", "--sft-texts", "256", "--no-cuda"]
+    done = subprocess.run(
+        command,
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=100,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, limit),
+    )
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+    line = done.stderr.splitlines()[-1]
+    assert line.startswith("error: the run's folder cannot be written to: ")

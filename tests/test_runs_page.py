@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from conftest import ROOT, metrics
@@ -48,6 +49,21 @@ def test_commands():
     assert len(list(folder.glob("videos/evaluation-*.mp4"))) >= 3
     files = re.findall(r"(?m)^\| `([\w.]+)/?` \|", PAGE)
     assert sorted(files) == sorted(x.name for x in folder.iterdir())
+
+
+def test_table_of_the_evaluation():
+    """Its numbers are those of the files."""
+    files = dict.fromkeys(("training", "sampled", "mode", "fresh_statistics"))
+    for name in files:
+        lines = (ROOT / "docs" / "results" / "evaluation" / f"{name}.csv").read_text().splitlines()
+        column = lines[0].split(",").index("episodic_return")
+        files[name] = np.array([float(line.split(",")[column]) for line in lines[1:]])
+        assert len(files[name]) == 100
+    numbers = [files["training"], files["training"][-20:]]
+    numbers += [files[name] for name in ("sampled", "mode", "fresh_statistics")]
+    for x in numbers:
+        row = f"| {len(x)} | {x.mean():,.1f} | {x.std() / len(x) ** 0.5:.1f} |"
+        assert row in PAGE
 
 
 def test_programs():
