@@ -148,6 +148,13 @@ def test_x4_invalid_choices_have_no_probability_no_entropy_and_no_gradient():
     assert (gradient[[0, 2, 4]] != 0).all()
 
 
+def test_x4_what_acts_in_numpy_is_what_forward_says(capsys):
+    """Or the network itself would act, with a notice."""
+    ppo_discrete.notice.cache_clear()
+    choosing(2, 3).rollout_policy(np.random.default_rng(0))
+    assert capsys.readouterr().err == ""
+
+
 def test_x4_a_single_valid_choice_is_certain():
     policy, _ = choosing(5)(torch.as_tensor(observed([0, 0, 0, 1, 0])))
     assert policy.log_prob(torch.tensor([[3]])).item() == 0
