@@ -630,7 +630,7 @@ class Watched(gym.Wrapper):
     def close(self):
         if self.writer:
             self.writer.close()
-            Path(f"{self.film}game-{self.game}.tmp.mp4").unlink()  # of a game that was not over
+            Path(f"{self.film}game-{self.game}.tmp.mp4").unlink(True)  # of a game that was not over
         super().close()
 
     def report(self, error):
@@ -672,7 +672,11 @@ class Processes(gym.vector.AsyncVectorEnv):
         import atexit
 
         self.timeout, self.steps = timeout, 0
-        super().__init__(make_envs, worker=worker, **how)
+        try:
+            super().__init__(make_envs, worker=worker, **how)
+        except (EOFError, ConnectionError):
+            self.close_extras()
+            raise gym.error.Error("an environment cannot be made in its process") from None
         self.at_exit = atexit.register(self.close)  # or multiprocessing waits for them for ever
         for process in self.processes:  # or Linux wakes them one by one on the same core
             with contextlib.suppress(AttributeError, OSError):
@@ -747,6 +751,8 @@ def finished(info: dict):
 
 class Run:
     """What a run leaves behind: config.json, metrics.csv, checkpoint.pt, a copy of this script."""
+
+    now = None  # the run of this process
 
     def __init__(self, args: Args, device: torch.device, envs, saved: dict):
         self.args, self.envs, self.saved, Run.now = args, envs, saved, self
@@ -1023,6 +1029,6 @@ if __name__ == "__main__":
     try:
         train(args)
     except gym.error.Error as error:
-        Run.now.stop(error)
+        Run.now.stop(error) if Run.now else fail(error)
     except OSError as error:  # a disk that is full, a folder that has gone
         Run.now.stop(f"{Run.now.folder} cannot be written to: {error}")

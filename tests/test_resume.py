@@ -513,6 +513,22 @@ def test_an_environment_that_fails_ends_the_run(name):
     assert children(process) == []
 
 
+def test_an_environment_that_cannot_be_made_in_its_process():
+    """What happened there, then one line; nobody is left over."""
+    source = FAULT.format(what="pass").replace(
+        "    steps = 0\n",
+        "    steps = 0\n\n    def __init__(self):\n        import multiprocessing\n"
+        "        if multiprocessing.parent_process():\n            raise KeyError('no licence')\n",
+    )
+    Path("fault.py").write_text(source)
+    process = start("--env-id", "fault:Fault-v0", "--vectorization", "async")
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 2
+    assert "KeyError: 'no licence'" in stderr
+    assert stderr.splitlines()[-1] == "error: an environment cannot be made in its process"
+    assert children(process) == []
+
+
 @pytest.mark.parametrize("context", ["spawn", "forkserver"])
 def test_other_ways_to_start_processes(context):
     """As on Windows and macOS, and on Linux from Python 3.14."""
