@@ -151,8 +151,7 @@ class AtariPreprocessing(gym.Wrapper):
         return self.warp(), np.sign(reward), terminated, truncated, info  # [A6]
 
     def start_life(self, **kwargs):
-        if not self.game_over:  # [A3] a lost life continues the same game, one no-op later
-            self.skip(0)
+        self.skip(0)  # [A3] a lost life continues the same game, one no-op later
         if self.game_over:
             self.start_game(**kwargs)
             for _ in range(self.unwrapped.np_random.integers(1, 31)):  # [A1] 1 to 30 no-ops
