@@ -1,0 +1,32 @@
+"""Runs of docs/results/long/ can go on: checkpoints fit the scripts, files belong together."""
+
+import csv
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+import ppo_atari
+from conftest import ROOT
+
+FOLDERS = [path.parent for path in (ROOT / "docs" / "results" / "long").glob("*/checkpoint.pt")]
+
+
+@pytest.mark.parametrize("folder", FOLDERS, ids=lambda path: path.name)
+def test_it_goes_on(folder):
+    copy = Path(shutil.copytree(folder, folder.name))
+    data = torch.load(copy / "checkpoint.pt", weights_only=True)
+    with open(copy / "metrics.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert int(rows[-1]["global_step"]) == data["global_step"] == data["iteration"] * 1024
+    assert (copy / "metrics.csv").stat().st_size == data["metrics_bytes"]
+    assert json.loads((copy / "config.json").read_text())["env_id"] == data["args"]["env_id"]
+    total = str(data["global_step"] + 1024)
+    plain = ["--no-cuda", "--no-compile", "--torch-threads", "1", "--vectorization", "sync"]
+    args = ppo_atari.parse_args(["--resume", str(copy), "--total-timesteps", total, *plain])
+    ppo_atari.train(args)
+    assert torch.load(copy / "checkpoint.pt", weights_only=True)["global_step"] == int(total)
+    page = (folder.parent / "README.md").read_text()
+    assert f"{data['global_step']:,} of {data['args']['total_timesteps']:,} steps" in page
