@@ -204,17 +204,16 @@ class AtariPreprocessing(gym.Wrapper):
 def make_envs(args: Args) -> gym.vector.VectorEnv:
     """N environments in lockstep; when one ends, it returns the first observation of the next."""
 
-    def make_env(i):
-        game = gym.make(args.env_id, **(kwargs := options(args, i)))
+    def game_of_lives(game, i):
         if not isinstance(game.unwrapped, ale_py.AtariEnv):
             raise gym.error.Error("no Atari game; use ppo_discrete.py or ppo_continuous.py")
         if game.spec.max_episode_steps or game.spec.additional_wrappers:
             raise gym.error.Error("use max_num_frames_per_episode, no max_episode_steps or wrapper")
-        if own := {"frameskip", "obs_type", "continuous"} & kwargs.keys():
+        if own := {"frameskip", "obs_type", "continuous"} & json.loads(args.env_kwargs).keys():
             raise gym.error.Error(f"{min(own)} is up to AtariPreprocessing")
         return Watched(AtariPreprocessing(game), i)
 
-    return lockstep(make_env, args)  # [C1]
+    return lockstep(game_of_lives, args)  # [C1]
 
 
 # ------------------------------------------------------------------------------------------------
@@ -464,13 +463,9 @@ def say(*words):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-VERSION = 1  # of checkpoints
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
-DERIVED = ("batch_size", "minibatch_size", "num_iterations")
-LATER = {"resume": None, "evaluate": None, "eval_episodes": 10, "deterministic": False}
-LATER |= {"capture_video": False}
+OF_ONE_COMMAND = {"resume", "evaluate", "eval_episodes", "deterministic", "capture_video"}
 MAY_CHANGE = {"total_timesteps", "learning_rate", "precision", "cuda", "torch_threads", "compile"}
-MAY_CHANGE |= {"vectorization", "env_timeout", "checkpoint_every", "track", *LATER}
+MAY_CHANGE |= {"vectorization", "env_timeout", "checkpoint_every", "track"}
 MAY_CHANGE |= {"wandb_project_name", "wandb_entity"}
 
 
@@ -481,16 +476,14 @@ def parse_args(argv: list[str]) -> Args:
     argv = [re.sub(rf"^--({names})=[Tt]rue$", r"--\1", arg) for arg in argv]
     argv = [re.sub(rf"^--({names})=[Ff]alse$", r"--no-\1", arg) for arg in argv]
     args = tyro.cli(Args, args=argv, description=__doc__.splitlines()[0])
-    if not (path := args.resume or args.evaluate):
-        return args
-    old = load_checkpoint(path)["args"]  # what the command line does not say is as it was
-    args = tyro.cli(Args, args=argv, default=Args(**old))
-    for name in [x for x in old if x not in LATER and getattr(args, x) != old[x]]:
-        change = f"--{name.replace('_', '-')} is {getattr(args, name)}, it was {old[name]}"
-        if name not in MAY_CHANGE:
-            fail(f"{change}; that is another run than {path}")
-        more = "; what is annealed follows the new total" * (name == "total_timesteps")
-        say(f"{change}{more}")
+    if path := args.resume or args.evaluate:  # what the command line does not say is as it was
+        old = load_checkpoint(path)["args"]
+        args = tyro.cli(Args, args=argv, default=Args(**old))
+        for name in [x for x in old if getattr(args, x) != old[x] and x not in OF_ONE_COMMAND]:
+            change = f"--{name.replace('_', '-')} is {getattr(args, name)}, it was {old[name]}"
+            if name not in MAY_CHANGE:
+                fail(f"{change}; that is another run than {path}")
+            say(change + "; what is annealed follows the new total" * (name == "total_timesteps"))
     return args
 
 
@@ -520,30 +513,24 @@ def check_args(args: Args):
         if re.search("^ALE/|NoFrameskip", args.env_id) and "ALE/Pong-v5" not in gym.registry:
             hint = "ppo_atari.py plays Atari games"
         fail(f"unknown environment {args.env_id}; {hint}")
-    except ModuleNotFoundError as error:
-        hint = f"pip install {error.name}" if error.name else "install it or correct the name"
-        fail(f"{args.env_id}: {str(error).rstrip('.')}; {hint}")
-    except (gym.error.Error, ImportError) as error:
-        fail(f"{args.env_id}: {error}")
-    except json.JSONDecodeError as error:
-        fail(f"--env-kwargs {args.env_kwargs} is no JSON: {error}")
-    except TypeError as error:
-        if not re.search("argument|mapping", str(error)):
+    except (gym.error.Error, ImportError, TypeError, json.JSONDecodeError) as error:
+        if isinstance(error, TypeError) and not re.search("argument|mapping", str(error)):
             raise
-        fail(f"{args.env_id}: {error}; --env-kwargs passes arguments")
+        what = f"--env-id {args.env_id} --env-kwargs '{args.env_kwargs}'"
+        fail(f"{what}: {type(error).__name__}: {error}")
 
 
 def load_checkpoint(path: str) -> dict:
-    """What end_iteration saved; anything else is refused. `path` may be the folder of the run."""
+    """What save_checkpoint wrote; anything else is refused. `path` may be the run's folder."""
     file = Path(path) / "checkpoint.pt" if Path(path).is_dir() else Path(path)
     try:
         data = torch.load(file, map_location="cpu", weights_only=True)
-        if data["version"] != VERSION:
-            raise ValueError(f"version {data['version']}, not {VERSION}")
+        if data["version"] != 1:
+            raise ValueError(f"version {data['version']}, not 1")
         Args(**data["args"])
-        return data | {"path": file}
     except Exception as error:
         fail(f"{file} is no checkpoint of this script: {type(error).__name__}: {error}")
+    return data | {"path": file}
 
 
 def compiled(function):
@@ -570,11 +557,11 @@ class Watched(gym.Wrapper):
 
     Observations become arrays of numbers, flat if they come as a Dict, a Tuple or an int. `info` is
     cut down to what is read: action_mask, and after an episode its return and length, recorded
-    here, or by the environment itself as info["whole_game"] if an episode is a part of it. If
-    `film` says how a file begins, whole games are filmed: numbers 0, 1, 8, 27, ..., or all of them.
+    here, or by the environment itself as info["whole_game"] if an episode is a part of it. `film`
+    is how names of videos begin; whether all games are filmed, or only numbers 0, 1, 8, 27, ...
     """
 
-    film, film_all, writer, game = None, False, None, 0
+    film, writer, game = None, None, 0
 
     def __init__(self, env: gym.Env, i: int):
         super().__init__(env)
@@ -590,7 +577,7 @@ class Watched(gym.Wrapper):
         try:
             obs, info = self.env.reset(**kwargs)
         except Exception as error:
-            self.report(error)
+            self.fault(error)
         if self.film:
             self.frame()
         obs = self.checked("observation", obs, self.to_array, self.shape)
@@ -601,7 +588,7 @@ class Watched(gym.Wrapper):
         try:
             obs, reward, terminated, truncated, info = self.env.step(action)
         except Exception as error:
-            self.report(error)
+            self.fault(error)
         if getattr(obs, "dtype", "") != self.dtype or obs.shape != self.shape:
             obs = self.checked("observation", obs, self.to_array, self.shape)
         if not isinstance(reward, float):
@@ -624,41 +611,39 @@ class Watched(gym.Wrapper):
         self.fault(f"{what} is {given}, not numbers of shape {shape}")
 
     def frame(self, last=False):
-        """Into a file that gets its name with the last frame of the game."""
+        """Into a file that has its name once the game is over."""
         import imageio_ffmpeg
 
-        path = Path(f"{self.film}game-{self.game}.mp4")
-        seldom = round(self.game ** (1 / 3)) ** 3 == self.game  # as Gymnasium's RecordVideo
-        if self.film_all or (seldom if self.game < 1000 else self.game % 1000 == 0):
+        name, all_games = f"{self.film[0]}game-{self.game}", self.film[1]
+        if all_games or round(self.game ** (1 / 3)) ** 3 == self.game:
             try:
                 picture = np.ascontiguousarray(self.env.render())
             except Exception as error:
                 self.fault(f"no picture, MuJoCo takes them by EGL or OSMesa (libegl1): {error}")
             if self.writer is None:
-                how = {"fps": self.metadata.get("render_fps", 30), "macro_block_size": 2}
-                size = picture.shape[1::-1]
-                self.writer = imageio_ffmpeg.write_frames(path.with_suffix(".tmp.mp4"), size, **how)
+                size, fps = picture.shape[1::-1], self.metadata.get("render_fps", 30)
+                how = {"fps": fps, "macro_block_size": 2}
+                self.writer = imageio_ffmpeg.write_frames(f"{name}-unfinished.mp4", size, **how)
                 self.writer.send(None)
             self.writer.send(picture)
         if last:
             self.game += 1
             if self.writer:
                 self.writer = self.writer.close()
-                path.with_suffix(".tmp.mp4").replace(path)
+                os.replace(f"{name}-unfinished.mp4", f"{name}.mp4")
 
     def close(self):
-        if self.writer:
+        if self.writer:  # the game is not over
             self.writer.close()
-            Path(f"{self.film}game-{self.game}.tmp.mp4").unlink(True)  # of a game that was not over
+            os.remove(f"{self.film[0]}game-{self.game}-unfinished.mp4")
         super().close()
 
-    def report(self, error):
-        sys.excepthook(*sys.exc_info())  # of the environment's own code
-        self.fault(f"{type(error).__name__}: {error}")
-
-    def fault(self, message):
+    def fault(self, what):
+        if isinstance(what, Exception):  # of the environment's own code
+            sys.excepthook(*sys.exc_info())
+            what = f"{type(what).__name__}: {what}"
         where = f"{self.spec.id}, environment {self.i}, step {self.steps}"
-        raise gym.error.Error(f"{where}: {message}") from None
+        raise gym.error.Error(f"{where}: {what}") from None
 
 
 def refuse_what_is_no_number(space, name):
@@ -667,7 +652,7 @@ def refuse_what_is_no_number(space, name):
         for key in space if isinstance(space, gym.spaces.Dict) else range(len(space)):
             refuse_what_is_no_number(space[key], f"{name}[{key!r}]")
     else:
-        with contextlib.suppress(NotImplementedError):
+        with contextlib.suppress(NotImplementedError):  # Gymnasium's word for: not by me
             if isinstance(gym.spaces.flatten_space(space), gym.spaces.Box):
                 return
         raise gym.error.Error(f"{name} is {space}, no numbers; docs/your_own.md has a wrapper")
@@ -682,39 +667,27 @@ def worker(*args):
 
 
 class Processes(gym.vector.AsyncVectorEnv):
-    """A process for each environment; one that raises, hangs or dies ends the run with its index.
-
-    What it raises arrives as it is: Gymnasium's log of it fails at a % or two arguments.
-    """
+    """A process for each environment. One that raises, hangs or dies ends the run."""
 
     def __init__(self, make_envs, timeout, **how):
         import atexit
 
-        self.timeout, self.steps = timeout, 0
-        try:
-            super().__init__(make_envs, worker=worker, **how)
-        except (EOFError, ConnectionError):
-            self.close_extras()
-            raise gym.error.Error("an environment cannot be made in its process") from None
-        self.at_exit = atexit.register(self.close)  # or multiprocessing waits for them for ever
+        self.timeout, self.steps, self.parent_pipes, self.processes = timeout, 0, [], []
+        atexit.register(self.close)  # or multiprocessing waits for the processes for ever
+        super().__init__(make_envs, worker=worker, **how)
+        gym.logger.min_level = 50  # its log of what a process raises fails at a % in it
         for process in self.processes:  # or Linux wakes them one by one on the same core
             with contextlib.suppress(AttributeError, OSError):
                 os.sched_setscheduler(process.pid, os.SCHED_BATCH, os.sched_param(0))
 
-    def reset(self, **kwargs):
-        return self.all_alive(super().reset, **kwargs)
-
     def step(self, actions):
         self.steps += 1
-        return self.all_alive(super().step, actions)
-
-    def all_alive(self, method, *args, **kwargs):
         try:
-            return method(*args, **kwargs)
+            return super().step(actions)
         except (EOFError, ConnectionError):
             dead = [i for i, x in enumerate(self.processes) if x.join(0.1) or not x.is_alive()]
-            what = f"environment {dead[0]}, step {self.steps}: its process has ended"
-            raise gym.error.Error(f"{what}, exit code {self.processes[dead[0]].exitcode}") from None
+            what = f"its process has ended, exit code {self.processes[dead[0]].exitcode}"
+            raise gym.error.Error(f"environment {dead[0]}, step {self.steps}: {what}") from None
 
     def _poll_pipe_envs(self, timeout=None):
         end = time.monotonic() + self.timeout
@@ -724,48 +697,33 @@ class Processes(gym.vector.AsyncVectorEnv):
                 raise gym.error.Error(f"environment {i}, step {self.steps}: {what}")
         return True
 
-    def _raise_if_errors(self, successes):
-        if not all(successes):
-            _, _, error, _ = self.error_queue.get()
-            raise error
-
     def close_extras(self, **kwargs):
         """Ask them to close, and do not wait for long."""
         for pipe in self.parent_pipes:
-            with contextlib.suppress(OSError):
+            with contextlib.suppress(OSError, AttributeError):
                 pipe.send(("close", None))
-        end = time.monotonic() + 3
         for process in self.processes:
-            process.join(max(0.0, end - time.monotonic()))
+            process.join(1)
             process.kill()
             process.join()
 
 
-def options(args: Args, i: int) -> dict:
-    """Of gym.make for environment i. What Gymnasium's checker says is the same for all."""
-    options = {"disable_env_checker": i > 0 or None, **json.loads(args.env_kwargs)}
-    if args.capture_video and (i == 0 or args.evaluate):
-        options["render_mode"] = "rgb_array"
-        if "DISPLAY" not in os.environ:  # MuJoCo's pictures without a screen
-            os.environ.setdefault("MUJOCO_GL", "egl")
-    return options
+def lockstep(wrapped, args: Args) -> gym.vector.VectorEnv:
+    """wrapped(env, i) for i = 0 ... N - 1, one after the other or each in a process of its own."""
 
+    def make(i):
+        options = {"disable_env_checker": i > 0 or None}  # what it says is the same for all
+        if args.capture_video:
+            options["render_mode"] = "rgb_array"
+            if sys.platform == "linux" and "DISPLAY" not in os.environ:
+                os.environ.setdefault("MUJOCO_GL", "egl")  # pictures without a screen
+        return wrapped(gym.make(args.env_id, **{**options, **json.loads(args.env_kwargs)}), i)
 
-def lockstep(make_env, args: Args) -> gym.vector.VectorEnv:
-    """make_env(0), ..., make_env(N - 1), one after the other or each in a process of its own."""
-
-    several = [functools.partial(make_env, i) for i in range(args.num_envs)]
+    several = [functools.partial(make, i) for i in range(args.num_envs)]
     how = {"copy": False, "autoreset_mode": gym.vector.AutoresetMode.SAME_STEP}
     if args.vectorization == "sync":
         return gym.vector.SyncVectorEnv(several, **how)
     return Processes(several, args.env_timeout, **how)
-
-
-def finished(info: dict):
-    """Index, return and length of each episode that ended with a step."""
-    if recorded := info.get("final_info", {}).get("recorded"):
-        for i in np.flatnonzero(info["final_info"]["_recorded"]):
-            yield int(i), float(recorded["r"][i]), int(recorded["l"][i])
 
 
 class Run:
@@ -774,25 +732,23 @@ class Run:
     now = None  # the run of this process
 
     def __init__(self, args: Args, device: torch.device, envs, saved: dict):
-        self.args, self.envs, self.saved, Run.now = args, envs, saved, self
-        self.checkpoint, self.signal, self.sent, self.wandb = None, 0, -1, None
-        self.bar, self.metrics, self.uploaded = tqdm(disable=True), None, set()
+        self.args, self.envs, self.folder, Run.now = args, envs, None, self
+        self.saved = {name: value for name, value in saved.items() if value is not None}
+        self.checkpoint = self.wandb = self.signal = None
+        self.rows, self.uploaded, self.sent, self.bar = [], set(), -1, tqdm(disable=True)
         data = {"iteration": 0, "seconds": 0.0, "last_returns": []}
         if path := args.resume or args.evaluate:
             data = self.restore(load_checkpoint(path))
         self.iteration, self.last_returns = data["iteration"], data["last_returns"]
+        done = self.iteration * args.batch_size
         if args.evaluate:
             self.iteration = args.num_iterations  # nothing is left to be learned
             return
-        import shutil
-
-        config = {name: getattr(args, name) for name in DERIVED} | dataclasses.asdict(args)
-        config |= {f"env_kwargs/{k}": v for k, v in json.loads(args.env_kwargs).items()}
         try:
-            self.open_folder(config | origin(device), data)
+            config = self.open_folder(device, data)
         except OSError as error:
             fail(f"a run needs a folder to write to: {error}")
-        self.film(self.folder, f"step-{self.iteration * args.batch_size}-")
+        self.film(self.folder, [f"step-{done}-"])
         if args.track:
             import wandb
 
@@ -801,43 +757,41 @@ class Run:
             try:
                 self.wandb = wandb.init(**names, config=config, save_code=True)
             except wandb.Error as error:
-                if not args.resume:
-                    shutil.rmtree(self.folder)
                 fail(f"Weights & Biases: {error}")
             self.wandb.define_metric("*", step_metric="global_step")
-        self.bar = tqdm(
-            total=args.total_timesteps,
-            initial=self.iteration * args.batch_size,
-            unit="step",
-            disable=not sys.stderr.isatty(),
-        )
-        self.start_time = time.time() - data["seconds"]
-        self.last_line = time.time()
+        self.bar = tqdm(total=args.total_timesteps, initial=done, unit="step", disable=None)
+        self.start_time, self.last_line = time.time() - data["seconds"], time.time()
+        self.handlers = {}
         with contextlib.suppress(ValueError):  # not the main thread
-            self.handlers = {x: signal.signal(x, self.on_signal) for x in SIGNALS}
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self.handlers[number] = signal.signal(number, self.on_signal)
 
-    def film(self, folder: Path, name: str):
-        """Tell the first environment, or all that are evaluated, where videos go."""
-        self.videos, args = folder / "videos", self.args
-        if args.capture_video:
-            self.videos.mkdir(exist_ok=True)
-            name, N = str(self.videos.absolute() / name), args.num_envs
-            names = [f"{name}{i}-" for i in range(N)] if args.evaluate else [name] + [""] * (N - 1)
-            self.envs.unwrapped.set_attr("film", names)
-            self.envs.unwrapped.set_attr("film_all", bool(args.evaluate))
+    def restore(self, data: dict) -> dict:
+        """Everything that is saved as it was in a checkpoint."""
+        self.checkpoint = data["path"]
+        rates = self.saved["optimizer"].param_groups[0]["lr"]  # the tensor that is filled
+        try:
+            for name, x in self.saved.items():
+                (x.copy_ if torch.is_tensor(x) else x.load_state_dict)(data[name])
+        except (KeyError, RuntimeError, ValueError) as error:
+            fail(f"{self.checkpoint} does not fit this script and environment: {error}")
+        self.saved["optimizer"].param_groups[0]["lr"] = rates
+        return data
 
-    def open_folder(self, config: dict, data: dict):
-        """A new one, or that of the checkpoint, with metrics as they were when it was saved."""
-        args = self.args
+    def open_folder(self, device: torch.device, data: dict) -> dict:
+        """A new one, or that of the checkpoint with metrics as they were then. -> configuration"""
+        args, derived = self.args, ("batch_size", "minibatch_size", "num_iterations")
+        config = dataclasses.asdict(args) | {name: getattr(args, name) for name in derived}
+        config |= {f"env_kwargs/{k}": v for k, v in json.loads(args.env_kwargs).items()}
+        text = config | origin(device)
         if args.resume:
-            self.folder, self.name = data["path"].parent, data["name"]
+            self.folder, self.name = self.checkpoint.parent, data["name"]
+            self.metrics, self.bytes = self.folder / "metrics.csv", data["metrics_bytes"]
+            rows = self.metrics.read_text().splitlines()[1:]
+            self.sent = max((int(row.partition(",")[0]) for row in rows), default=-1)
+            os.truncate(self.metrics, self.bytes)  # nothing stands twice
             old = json.loads((self.folder / "config.json").read_text())
-            config = old | {"resumed": [*old.get("resumed", []), config]}
-            self.metrics = open(self.folder / "metrics.csv", "r+")
-            *_, last = self.metrics.read().splitlines()
-            self.sent = int(last.partition(",")[0]) if last[0].isdigit() else -1
-            self.metrics.truncate(data["metrics_bytes"])  # nothing stands twice
-            self.metrics.seek(0, os.SEEK_END)
+            text = old | {"resumed": [*old.get("resumed", []), text]}
         else:
             for now in range(int(time.time()), sys.maxsize):  # never a folder that exists
                 self.name = f"{args.env_id}__{args.exp_name}__{args.seed}__{now}"
@@ -846,47 +800,45 @@ class Run:
                     self.folder.mkdir(parents=True)
                     break
             (self.folder / Path(__file__).name).write_bytes(Path(__file__).read_bytes())
-            self.metrics = open(self.folder / "metrics.csv", "w")
-            self.metrics.write("global_step,time,name,value\n")
-        self.flush()
-        (self.folder / "config.json").write_text(json.dumps(config, indent=2))
+            self.metrics = self.folder / "metrics.csv"
+            self.bytes = self.metrics.write_text("global_step,time,name,value\n")
+        (self.folder / "config.json").write_text(json.dumps(text, indent=2))
+        return config
 
-    def restore(self, data: dict) -> dict:
-        """Everything that is saved as it was in a checkpoint."""
-        self.checkpoint = data["path"]
-        rates = self.saved["optimizer"].param_groups[0]["lr"]  # the tensor that is filled
-        try:
-            for name, value in self.saved.items():
-                if hasattr(value, "load_state_dict"):
-                    value.load_state_dict(data[name])
-                elif torch.is_tensor(value):
-                    value.copy_(data[name])
-                elif value is not None:  # running statistics
-                    vars(value).update({k: x.numpy() for k, x in data[name].items()})
-        except (KeyError, RuntimeError, ValueError) as error:
-            fail(f"{self.checkpoint} does not fit this script and environment: {error}")
-        self.saved["optimizer"].param_groups[0]["lr"] = rates
-        return data
+    def film(self, folder: Path, names: list[str]):
+        """Tell as many environments how the names of their videos begin."""
+        self.videos = folder / "videos"
+        if self.args.capture_video:
+            self.videos.mkdir(exist_ok=True)
+            films = [(f"{self.videos}/{name}", bool(self.args.evaluate)) for name in names]
+            films += [None] * (self.args.num_envs - len(names))
+            self.envs.unwrapped.set_attr("film", films)
 
     def on_signal(self, number, _):
         """Stop after this iteration; a second signal does not wait for it."""
         self.signal = number
-        for number in SIGNALS:
+        for number in self.handlers:
             signal.signal(number, signal.SIG_DFL)
 
     def log(self, global_step: int, metrics: dict[str, float]):
-        """One row for each metric in metrics.csv, one row for all of them in W&B."""
-        seconds = time.time() - self.start_time
-        for name, value in metrics.items():
-            self.metrics.write(f"{global_step},{seconds:.3f},{name},{value:.9g}\n")
-        if self.wandb and global_step > self.sent:  # before the run was resumed
-            self.metrics.flush()
-            self.wandb.log({"global_step": global_step} | metrics)
-            for path in set(self.videos.glob("*[0-9].mp4")) - self.uploaded:
-                import wandb
+        self.rows.append((global_step, time.time() - self.start_time, metrics))
 
-                self.wandb.log({"global_step": global_step, path.stem: wandb.Video(str(path))})
-                self.uploaded.add(path)
+    def write(self):
+        """A row for each metric in metrics.csv; in W&B one for all of them, and finished videos."""
+        rows = [(step, t, name, x) for step, t, row in self.rows for name, x in row.items()]
+        text = "".join(f"{step},{t:.3f},{name},{x:.9g}\n" for step, t, name, x in rows)
+        with open(self.metrics, "a") as file:
+            file.write(text)
+        self.bytes += len(text)
+        for step, _, row in self.rows:
+            if self.wandb and step > self.sent:  # not before the run was resumed
+                self.wandb.log({"global_step": step} | row)
+        self.rows.clear()
+        for path in set(self.videos.glob("*[0-9].mp4")) - self.uploaded if self.wandb else ():
+            import wandb
+
+            self.wandb.log({"global_step": step, path.stem: wandb.Video(str(path))})
+            self.uploaded.add(path)
 
     def log_episodes(self, global_step: int, info: dict):
         """Return and length of each episode that ended with this step, in the order of the envs."""
@@ -902,63 +854,49 @@ class Run:
                 self.stop(f"{name} not finite at step {global_step}")
 
     def stop(self, message: str):
-        """Fail, with all files whole."""
+        """Fail, all files whole."""
         self.bar.close()
         self.envs.close()
-        if not self.args.evaluate:
-            with contextlib.suppress(OSError):  # on a full disk, up to the last whole iteration
-                self.flush()
+        if self.folder:
             with contextlib.suppress(OSError):
-                self.metrics.close()
-            os.truncate(self.folder / "metrics.csv", self.bytes)
+                self.write()
+            os.truncate(self.metrics, self.bytes)  # the disk may be full
             (self.folder / "checkpoint.tmp").unlink(missing_ok=True)
         fail(f"{message}; last good checkpoint: {self.checkpoint or 'none yet'}")
 
     def end_iteration(self, iteration: int, global_step: int, metrics: dict):
         """Log, show the progress, a bar on a terminal, else plain lines; save now and then."""
-        metrics = {name: float(value) for name, value in metrics.items() if value is not None}
-        steps_per_second = int(global_step / (time.time() - self.start_time))
         weights = nn.utils.get_total_norm(self.saved["agent"].parameters())
         self.check_finite(global_step, weights=weights.item())
-        self.log(global_step, metrics | {"charts/SPS": steps_per_second})
+        speed = int(global_step / (time.time() - self.start_time))
+        metrics |= {"charts/SPS": speed}
+        self.log(global_step, {k: float(x) for k, x in metrics.items() if x is not None})
+        self.write()
         mean_return = f"{np.mean(self.last_returns):.1f}" if self.last_returns else "none yet"
         self.bar.set_postfix_str(f"return {mean_return}", refresh=False)
         self.bar.update(global_step - self.bar.n)
         last = iteration == self.args.num_iterations
         if self.bar.disable and (last or time.time() - self.last_line > 10):
             steps = f"{global_step:,} of {self.args.total_timesteps:,} steps"
-            say(f"{steps}, return {mean_return}, {steps_per_second:,} steps/s")
+            say(f"{steps}, return {mean_return}, {speed:,} steps/s")
             self.last_line = time.time()
-        self.flush()
         if last or self.signal or iteration % self.args.checkpoint_every == 0:
             self.save_checkpoint(iteration)
         if self.signal:
             self.close()
 
-    def flush(self):
-        self.metrics.flush()
-        self.bytes = self.metrics.tell()
-
     def save_checkpoint(self, iteration: int):
         """Atomic: whatever happens meanwhile, a complete checkpoint is there under its name."""
         import io
 
-        data = {"version": VERSION, "name": self.name, "iteration": iteration}
-        data |= {"args": dataclasses.asdict(self.args) | LATER}
-        data |= {"global_step": iteration * self.args.batch_size}
-        data |= {"seconds": time.time() - self.start_time}
-        data |= {"last_returns": self.last_returns, "metrics_bytes": self.bytes}
-        data |= {"wandb_id": self.wandb.id} if self.wandb else {}
-        for name, value in self.saved.items():
-            if hasattr(value, "state_dict"):
-                data[name] = value.state_dict()
-            elif torch.is_tensor(value):
-                data[name] = value
-            elif value is not None:
-                data[name] = {k: torch.as_tensor(np.asarray(x)) for k, x in vars(value).items()}
+        args = {k: v for k, v in vars(self.args).items() if k not in OF_ONE_COMMAND}
+        data = {"version": 1, "name": self.name, "iteration": iteration, "args": args}
+        data |= {"seconds": time.time() - self.start_time, "last_returns": self.last_returns}
+        data |= {"metrics_bytes": self.bytes, "global_step": iteration * self.args.batch_size}
+        data |= {"wandb_id": self.wandb and self.wandb.id}
+        data |= {k: x if torch.is_tensor(x) else x.state_dict() for k, x in self.saved.items()}
         with open(self.folder / "checkpoint.tmp", "wb") as file:
-            buffer = io.BytesIO()  # torch would not report a full disk as an OSError
-            torch.save(data, buffer)
+            torch.save(data, buffer := io.BytesIO())  # to a full disk it is no OSError
             file.write(buffer.getbuffer())
             file.flush()
             os.fsync(file.fileno())
@@ -968,52 +906,55 @@ class Run:
         """Whole games with what was saved, nothing is learned: a table, and eval.csv beside it."""
         from types import SimpleNamespace
 
-        args, envs, N = self.args, self.envs, self.args.num_envs
-        self.film(self.checkpoint.parent, "evaluation-")
-        for value in self.saved.values():
-            if hasattr(value, "update"):  # running statistics stay as they are
-                value.update = lambda batch: None
-        seeds = np.random.SeedSequence([args.seed, 0, 0, 1])  # of no rollout
+        N, E, envs = self.args.num_envs, self.args.eval_episodes, self.envs
+        for name in {"obs_rms", "return_rms"} & vars(envs).keys():  # they stay as they are
+            getattr(envs, name).update = lambda batch: None
+        seeds = np.random.SeedSequence([self.args.seed, 0, 0, 1])  # of no rollout
         rng = np.random.default_rng(seeds)
-        if args.deterministic:  # without noise, the mode
+        if self.args.deterministic:  # without noise, the mode
             rng = SimpleNamespace(gumbel=lambda size: 0.0, standard_normal=lambda size: 0.0)
+        self.film(self.checkpoint.parent, [f"evaluation-{i}-" for i in range(min(N, E))])
         obs, _ = envs.reset(seed=seeds.generate_state(N).tolist())
-        act, rows, start = self.saved["agent"].rollout_policy(rng), [], time.time()
-        left = [args.eval_episodes // N + (i < args.eval_episodes % N) for i in range(N)]
+        act, games = self.saved["agent"].rollout_policy(rng), []
+        left = [E // N + (i < E % N) for i in range(N)]
+        start = time.time()
         while any(left):  # as many of each environment, or short ones would count more
             obs, _, _, _, info = envs.step(act(obs))
             for i, score, length in finished(info):
                 if left[i]:
                     left[i] -= 1
-                    rows.append((i, score, length))
-        table = ["environment,episodic_return,episodic_length"]
-        table += [f"{i},{score:.9g},{length}" for i, score, length in rows]
-        (self.checkpoint.parent / "eval.csv").write_text("\n".join(table) + "\n")
-        returns, lengths = np.array(rows)[:, 1:].T
-        say(f"{len(rows)} episodes, {len(rows) / (time.time() - start):.2f} a second")
-        for name, x in {"return": returns, "length": lengths}.items():
-            numbers = {"mean": x.mean(), "std": x.std(), "median": np.median(x)}
-            numbers |= {"min": x.min(), "max": x.max()}
-            say(f"{name:7}", *(f"{key} {value:.2f}" for key, value in numbers.items()))
+                    games.append((i, score, length))
+        header = "environment,episodic_return,episodic_length"
+        path = self.checkpoint.parent / "eval.csv"
+        np.savetxt(path, games, "%.9g", ",", header=header, comments="")
+        say(f"{E} episodes, {E / (time.time() - start):.2f} a second")
+        for name, x in zip(("return", "length"), np.transpose(games)[1:], strict=True):
+            numbers = (np.mean, np.std, np.median, np.min, np.max)
+            say(f"{name:7}", *(f"{number.__name__} {number(x):.2f}" for number in numbers))
+        envs.close()
 
     def close(self):
         """The end of a run, its exit code the signal, if one asked for it."""
         if self.args.evaluate:
-            self.evaluate()
+            return self.evaluate()
         self.envs.close()
-        if self.args.evaluate:
-            return
         self.bar.close()
-        self.metrics.close()
         code = 128 + self.signal if self.signal else 0
         if self.wandb:
             self.wandb.finish(exit_code=code)
-        for number, handler in getattr(self, "handlers", {}).items():
+        for number, handler in self.handlers.items():
             signal.signal(number, handler)
         say(f"written to {self.folder}")
         if code:
             say(f"to go on: python {sys.argv[0]} --resume '{self.folder}'")
             sys.exit(code)
+
+
+def finished(info: dict):
+    """Index, return and length of each episode that ended with a step."""
+    if recorded := info.get("final_info", {}).get("recorded"):
+        for i in np.flatnonzero(info["final_info"]["_recorded"]):
+            yield int(i), float(recorded["r"][i]), int(recorded["l"][i])
 
 
 def origin(device: torch.device) -> dict:
@@ -1043,11 +984,11 @@ if __name__ == "__main__":
     sys.path.insert(1, os.getcwd())  # --env-id module:id may be here
     args = parse_args(sys.argv[1:])
     check_args(args)
-    if args.evaluate:
-        args = dataclasses.replace(args, num_envs=min(args.num_envs, args.eval_episodes))
     try:
         train(args)
     except gym.error.Error as error:
         Run.now.stop(error) if Run.now else fail(error)
-    except OSError as error:  # a disk that is full, a folder that has gone
+    except (EOFError, OSError) as error:  # or a disk is full, a folder has gone
+        if Run.now is None:
+            fail("an environment cannot be made in its process")
         Run.now.stop(f"{Run.now.folder} cannot be written to: {error}")

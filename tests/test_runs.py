@@ -188,7 +188,9 @@ def test_checkpoint(finished):
     checkpoint = torch.load(finished.run / "checkpoint.pt", weights_only=True)
     config = json.loads((finished.run / "config.json").read_text())
     assert (checkpoint["iteration"], checkpoint["global_step"]) == (2, 2 * config["batch_size"])
-    assert checkpoint["args"] == {name: config[name] for name in fields(finished)}
+    of_one_command = {"resume", "evaluate", "eval_episodes", "deterministic", "capture_video"}
+    lasting = set(fields(finished)) - of_one_command
+    assert checkpoint["args"] == {name: config[name] for name in lasting}
     weights = finished.agent.state_dict()
     assert checkpoint["agent"].keys() == weights.keys()
     assert all(torch.equal(checkpoint["agent"][name], weights[name]) for name in weights)
@@ -203,11 +205,11 @@ def test_checkpoint_holds_the_statistics_of_the_normalization():
     train(SCRIPTS["continuous"], env_id="ScriptedBox-v0")
     (folder,) = run_folders()
     saved = torch.load(folder / "checkpoint.pt", weights_only=True)
-    assert float(saved["obs_rms"]["count"]) == pytest.approx(2 + 64, abs=1e-3)
-    assert float(saved["return_rms"]["count"]) == pytest.approx(64, abs=1e-3)
+    assert float(saved["obs_count"]) == pytest.approx(2 + 64, abs=1e-3)
+    assert float(saved["return_count"]) == pytest.approx(64, abs=1e-3)
     steps = [t % 3 for t in range(33)]
-    assert float(saved["obs_rms"]["mean"][1]) == pytest.approx(np.mean(steps), abs=1e-5)
-    assert float(saved["obs_rms"]["var"][1]) == pytest.approx(np.var(steps), abs=1e-5)
+    assert float(saved["obs_mean"][1]) == pytest.approx(np.mean(steps), abs=1e-5)
+    assert float(saved["obs_var"][1]) == pytest.approx(np.var(steps), abs=1e-5)
 
 
 @pytest.mark.parametrize("every, expected", [(2, [2, 4, 5]), (1, [1, 2, 3, 4, 5]), (100, [5])])

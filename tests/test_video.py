@@ -93,7 +93,7 @@ def test_every_game_of_an_evaluation(script):
     expected = {f"evaluation-{i}-game-{n}.mp4" for i, n in ((0, 0), (0, 1), (0, 2), (1, 0), (1, 1))}
     assert expected <= set(videos())
     assert {len(read(path)[2]) for path in videos().values()} == {5}
-    assert not [name for name in videos() if "tmp" in name]
+    assert not [name for name in videos() if "unfinished" in name]
 
 
 def test_a_run_that_goes_on_films_under_another_name():
