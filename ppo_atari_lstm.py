@@ -13,7 +13,8 @@ Notation, used without exception below
     values[t] = V(s_t)    dones[t] = 1 if the episode ended with action t
     state = (h, c)        memory of the LSTM, float32 [1, N, 128] each
 
-Left out on purpose: several GPUs, TensorBoard.
+Where torchrun starts K ranks, each has N / K of the environments, also of a minibatch.
+Left out on purpose: TensorBoard.
 Added to [ppo2]: an episode cut off by a time limit is bootstrapped from its last observation.
 
 References
@@ -50,6 +51,7 @@ import cv2
 import gymnasium as gym
 import numpy as np
 import torch
+import torch.distributed as dist
 import tyro
 from torch import nn
 from torch.distributions import Categorical
@@ -354,6 +356,7 @@ def ppo_gradient(agent, batch, indices, max_grad_norm, *coefficients):
     minibatch = [x[:, indices.to(x.device, non_blocking=True)] for x in batch]  # [L4]
     loss, stats = ppo_loss(agent, minibatch, *coefficients)
     loss.backward()
+    average([x.grad for x in agent.parameters()])  # [X2] over all ranks, before it is clipped
     norm = nn.utils.clip_grad_norm_(agent.parameters(), max_grad_norm)  # [C11]
     return stats | {"grad_norm": norm}
 
@@ -365,6 +368,7 @@ def ppo_gradient(agent, batch, indices, max_grad_norm, *coefficients):
 def train(args: Args) -> Agent:
     """Learn `args.env_id`, leave a folder under runs/ behind, return the trained agent."""
     # setup
+    rank, ranks = rank_of()
     torch.manual_seed(args.seed)
     torch.backends.cudnn.deterministic = args.torch_deterministic
     device = torch.device("cuda" if torch.cuda.is_available() and args.cuda else "cpu")
@@ -377,7 +381,8 @@ def train(args: Args) -> Agent:
     saved = {"agent": agent, "optimizer": optimizer, "kl_coef": kl_coef}
 
     # rollout storage
-    T, N, n = args.num_steps, args.num_envs, args.num_envs // args.num_minibatches
+    T, N = args.num_steps, args.num_envs // ranks  # [X2]
+    n = N // args.num_minibatches
     obs_space, action_space = envs.single_observation_space, envs.single_action_space
     obs = np.zeros((T + 1, N, *obs_space.shape), obs_space.dtype)
     actions = np.zeros((T + 1, N, *action_space.shape), action_space.dtype)  # none in s_T
@@ -387,11 +392,11 @@ def train(args: Args) -> Agent:
     state = torch.zeros(2, 1, N, 128, device=device).unbind()  # [L2]
 
     run = Run(args, device, envs, saved)  # with --resume, all that is saved is as it was
-    seeds = np.random.SeedSequence([args.seed, 0, run.iteration])  # [seed, rank, iteration]
+    seeds = np.random.SeedSequence([args.seed, rank, run.iteration])  # [seed, rank, iteration]
     obs[T], _ = envs.reset(seed=seeds.generate_state(N).tolist())
     global_step = run.iteration * args.batch_size
     for iteration in range(run.iteration + 1, args.num_iterations + 1):
-        rng = np.random.default_rng([args.seed, 0, iteration])  # [seed, rank, iteration]
+        rng = np.random.default_rng([args.seed, rank, iteration])  # [seed, rank, iteration]
         remaining = 1 - (iteration - 1) / args.num_iterations
         lr.fill_(args.learning_rate * (remaining if args.anneal_lr else 1))  # [C4]
         clip_coef.fill_(args.clip_coef * (remaining if args.anneal_clip else 1))  # [X1]
@@ -408,7 +413,7 @@ def train(args: Args) -> Agent:
             actions[t], state = act(obs[t], starts[t], state)
             obs[t + 1], rewards[t], terminated, truncated, info = envs.step(actions[t])
             dones[t] = terminated | truncated
-            global_step += N
+            global_step += args.num_envs
             run.log_episodes(global_step, info)
             if args.bootstrap_truncation and (cut_off := truncated & ~terminated).any():
                 final_obs = torch.as_tensor(np.stack(info["final_obs"][cut_off]), device=device)
@@ -445,6 +450,7 @@ def train(args: Args) -> Agent:
                 stats.append(ppo_gradient(agent, batch, indices, args.max_grad_norm, *coefficients))
                 optimizer.step()
             kl = torch.stack([s["approx_kl"] for s in stats[-args.num_minibatches :]]).mean()
+            average([kl])
             if args.target_kl is not None and kl > args.target_kl:  # [X3]
                 break
         if kl_coef is not None:  # [X5] beta grows after an epoch too far away, and the reverse
@@ -467,9 +473,33 @@ def train(args: Args) -> Agent:
 # Runs
 
 
+def rank_of() -> tuple[int, int]:
+    """The rank of this process, and how many there are: torchrun starts several."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def average(tensors: list[torch.Tensor]):
+    """Over all ranks, in place."""
+    if dist.is_initialized():
+        means = torch.cat([x.flatten() for x in tensors]) / dist.get_world_size()
+        dist.all_reduce(means)
+        for x, mean in zip(tensors, means.split([x.numel() for x in tensors]), strict=True):
+            x.copy_(mean.view_as(x))
+
+
+def of_all_ranks(x) -> list:
+    """What each rank has as x."""
+    parts = [x] * rank_of()[1]
+    if dist.is_initialized():
+        dist.all_gather_object(parts, x)
+    return parts
+
+
 def fail(message: str):
-    """Stop with one line that says what is wrong and what to do."""
-    print("error:", *str(message).split(), file=sys.stderr)
+    """Stop with one line that says what is wrong and what to do, of the rank that is first."""
+    store = dist.is_initialized() and dist.distributed_c10d._get_default_store()
+    if not store or store.add("failed", 1) == 1:
+        print("error:", *str(message).split(), file=sys.stderr)
     sys.exit(2)
 
 
@@ -517,6 +547,12 @@ def check_args(args: Args):
             match getattr(part, "__metadata__", ()):
                 case (valid, words) if value is not None and not valid(value):
                     fail(f"--{name.replace('_', '-')} is {value}, it must be {words}")
+    _, ranks = rank_of()
+    if ranks > 1 and args.evaluate:
+        fail("--evaluate plays in one process, started by python")
+    for name in ("num_envs", "minibatch_size"):
+        if getattr(args, name) % ranks:
+            fail(f"{name} {getattr(args, name)} cannot be divided by the {ranks} ranks of torchrun")
     batch = f"a batch of {args.batch_size} (--num-envs x --num-steps)"
     if args.num_envs % args.num_minibatches:
         parts = f"{args.num_minibatches} equal --num-minibatches"
@@ -526,7 +562,7 @@ def check_args(args: Args):
     if args.track and not importlib.util.find_spec("wandb"):
         fail("--track needs the package wandb: pip install wandb")
     try:
-        make_envs(dataclasses.replace(args, num_envs=1, vectorization="sync")).close()
+        make_envs(dataclasses.replace(args, num_envs=ranks, vectorization="sync")).close()
     except gym.error.UnregisteredEnv as error:
         near = difflib.get_close_matches(args.env_id, gym.registry, n=3, cutoff=0.5)
         hint = f"nearest: {', '.join(near)}" if near else str(error)
@@ -720,7 +756,9 @@ def lockstep(wrapped, args: Args) -> gym.vector.VectorEnv:
                 os.environ.setdefault("MUJOCO_GL", "egl")  # pictures without a screen
         return wrapped(gym.make(args.env_id, **{**options, **json.loads(args.env_kwargs)}), i)
 
-    several = [functools.partial(make, i) for i in range(args.num_envs)]
+    rank, ranks = rank_of()
+    n = args.num_envs // ranks
+    several = [functools.partial(make, rank * n + i) for i in range(n)]
     how = {"copy": False, "autoreset_mode": gym.vector.AutoresetMode.SAME_STEP}
     if args.vectorization == "sync":
         return gym.vector.SyncVectorEnv(several, **how)
@@ -734,8 +772,9 @@ class Run:
 
     def __init__(self, args: Args, device: torch.device, envs, saved: dict):
         self.args, self.envs, self.folder, Run.now = args, envs, None, self
+        self.rank, self.ranks = rank_of()
         self.saved = {name: value for name, value in saved.items() if value is not None}
-        self.checkpoint = self.wandb = self.signal = None
+        self.checkpoint, self.wandb, self.signal = None, None, 0
         self.rows, self.uploaded, self.sent, self.bar = [], set(), -1, tqdm(disable=True)
         data = {"iteration": 0, "seconds": 0.0, "last_returns": []}
         if path := args.resume or args.evaluate:
@@ -745,12 +784,14 @@ class Run:
         if args.evaluate:
             self.iteration = args.num_iterations  # nothing is left to be learned
             return
-        try:
-            config = self.open_folder(device, data)
-        except OSError as error:
-            fail(f"a run needs a folder to write to: {error}")
-        self.film(self.folder, [f"step-{done}-"])
-        if args.track:
+        if self.rank == 0:
+            try:
+                config = self.open_folder(device, data)
+            except OSError as error:
+                fail(f"a run needs a folder to write to: {error}")
+            self.film(self.folder, [f"step-{done}-"])
+        self.folder = of_all_ranks(self.folder)[0]
+        if args.track and self.rank == 0:
             import wandb
 
             names = {"project": args.wandb_project_name, "entity": args.wandb_entity}
@@ -760,7 +801,9 @@ class Run:
             except wandb.Error as error:
                 fail(f"Weights & Biases: {error}")
             self.wandb.define_metric("*", step_metric="global_step")
-        self.bar = tqdm(total=args.total_timesteps, initial=done, unit="step", disable=None)
+        self.bar = tqdm(
+            total=args.total_timesteps, initial=done, unit="step", disable=self.rank > 0 or None
+        )
         self.start_time, self.last_line = time.time() - data["seconds"], time.time()
         self.handlers = {}
         with contextlib.suppress(ValueError):  # not the main thread
@@ -812,14 +855,14 @@ class Run:
         if self.args.capture_video:
             self.videos.mkdir(exist_ok=True)
             films = [(f"{self.videos}/{name}", bool(self.args.evaluate)) for name in names]
-            films += [None] * (self.args.num_envs - len(names))
+            films += [None] * (self.envs.num_envs - len(names))
             self.envs.unwrapped.set_attr("film", films)
 
     def on_signal(self, number, _):
         """Stop after this iteration; a second signal does not wait for it."""
         self.signal = number
         for number in self.handlers:
-            signal.signal(number, signal.SIG_DFL)
+            signal.signal(number, signal.SIG_DFL if self.ranks == 1 else signal.SIG_IGN)
 
     def log(self, global_step: int, metrics: dict[str, float]):
         self.rows.append((global_step, time.time() - self.start_time, metrics))
@@ -834,7 +877,6 @@ class Run:
         for step, _, row in self.rows:
             if self.wandb and step > self.sent:  # not before the run was resumed
                 self.wandb.log({"global_step": step} | row)
-        self.rows.clear()
         for path in set(self.videos.glob("*[0-9].mp4")) - self.uploaded if self.wandb else ():
             import wandb
 
@@ -846,7 +888,6 @@ class Run:
         for _, score, length in finished(info):
             row = {"charts/episodic_return": score, "charts/episodic_length": length}
             self.log(global_step, row)
-            self.last_returns = [*self.last_returns[-99:], score]
 
     def check_finite(self, global_step: int, **data):
         """Stop before anything that is not finite is learned from, acted with or saved."""
@@ -858,7 +899,7 @@ class Run:
         """Fail, all files whole."""
         self.bar.close()
         self.envs.close()
-        if self.folder:
+        if self.folder and self.rank == 0:
             with contextlib.suppress(OSError):
                 self.write()
             os.truncate(self.metrics, self.bytes)  # the disk may be full
@@ -870,9 +911,19 @@ class Run:
         weights = nn.utils.get_total_norm(self.saved["agent"].parameters())
         self.check_finite(global_step, weights=weights.item())
         speed = int(global_step / (time.time() - self.start_time))
-        metrics |= {"charts/SPS": speed}
-        self.log(global_step, {k: float(x) for k, x in metrics.items() if x is not None})
-        self.write()
+        metrics = {k: float(x) for k, x in metrics.items() if x is not None}
+        ranks = of_all_ranks((self.signal, self.rows, metrics))
+        self.signal = max(signal for signal, _, _ in ranks)
+        self.rows = sorted((row for _, rows, _ in ranks for row in rows), key=lambda row: row[0])
+        returns = [row["charts/episodic_return"] for _, _, row in self.rows]
+        self.last_returns = [*self.last_returns, *returns][-100:]
+        means = {k: np.mean([x[k] for _, _, x in ranks]) for k in metrics} | {"charts/SPS": speed}
+        if self.last_returns:
+            means["charts/mean_episodic_return"] = np.mean(self.last_returns)
+        self.log(global_step, means)
+        if self.rank == 0:
+            self.write()
+        self.rows.clear()
         mean_return = f"{np.mean(self.last_returns):.1f}" if self.last_returns else "none yet"
         self.bar.set_postfix_str(f"return {mean_return}", refresh=False)
         self.bar.update(global_step - self.bar.n)
@@ -882,7 +933,9 @@ class Run:
             say(f"{steps}, return {mean_return}, {speed:,} steps/s")
             self.last_line = time.time()
         if last or self.signal or iteration % self.args.checkpoint_every == 0:
-            self.save_checkpoint(iteration)
+            if self.rank == 0:
+                self.save_checkpoint(iteration)
+            self.checkpoint = self.folder / "checkpoint.pt"
         if self.signal:
             self.close()
 
@@ -901,7 +954,7 @@ class Run:
             file.write(buffer.getbuffer())
             file.flush()
             os.fsync(file.fileno())
-        self.checkpoint = Path(file.name).replace(self.folder / "checkpoint.pt")
+        os.replace(file.name, self.folder / "checkpoint.pt")
 
     def evaluate(self):
         """Whole games with what was saved, nothing is learned: a table, and eval.csv beside it."""
@@ -951,7 +1004,8 @@ class Run:
             signal.signal(number, handler)
         say(f"written to {self.folder}")
         if code:
-            say(f"to go on: python {sys.argv[0]} --resume '{self.folder}'")
+            start = "python" if self.ranks == 1 else f"torchrun --nproc_per_node={self.ranks}"
+            say(f"to go on: {start} {sys.argv[0]} --resume '{self.folder}'")
             sys.exit(code)
 
 
@@ -987,12 +1041,22 @@ def origin(device: torch.device) -> dict:
 
 if __name__ == "__main__":
     sys.path.insert(1, os.getcwd())  # --env-id module:id may be here
+    if dist.is_torchelastic_launched():  # torchrun
+        dist.init_process_group()
+        if dist.get_rank() > 0:
+            sys.stdout = open(os.devnull, "w")
+        if torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     args = parse_args(sys.argv[1:])
     check_args(args)
     try:
         train(args)
     except gym.error.Error as error:
         Run.now.stop(error) if Run.now else fail(error)
+    except RuntimeError as error:
+        if not re.search("gloo|NCCL", str(error)):
+            raise
+        Run.now.stop("another rank has ended")
     except (EOFError, OSError) as error:  # or a disk is full, a folder has gone
         if Run.now is None:
             fail("an environment cannot be made in its process")

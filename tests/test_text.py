@@ -36,6 +36,9 @@ TRAINING = {
         '+     saved |= {f"obs_{k}": torch.as_tensor(x) for k, x in vars(envs.obs_rms).items()}',
         "+     saved |= "
         '{f"return_{k}": torch.as_tensor(x) for k, x in vars(envs.return_rms).items()}',
+        "+         for rms in (envs.obs_rms, envs.return_rms):",
+        "+             rms.merge()  # [X2]",
+        "+ ",
     ],
     "atari": [
         "-     agent = Agent(envs).to(device)",
@@ -66,7 +69,8 @@ MEMORY = {
         "- ",
         "- @functools.cache",
         "- def notice(message: str):",
-        '-     print("notice:", message, file=sys.stderr)',
+        "-     if rank_of()[0] == 0:",
+        '-         print("notice:", message, file=sys.stderr)',
         "-     if args.batch_size % args.num_minibatches:",
         "+     if args.num_envs % args.num_minibatches:",
         '-         fail(f"{batch} cannot be divided into '
@@ -218,9 +222,22 @@ def test_memory_keeps_the_order_of_the_training_loop():
     assert len(changes(*texts)) <= 50
 
 
-@pytest.mark.parametrize("name", ["gae", "fail"])
-def test_rlhf_has_the_same_function(name):
-    assert function(SOURCES["rlhf"], name) == function(SOURCES["discrete"], name)
+def test_rlhf_has_the_same_function():
+    assert function(SOURCES["rlhf"], "gae") == function(SOURCES["discrete"], "gae")
+
+
+def test_rlhf_fails_in_the_same_way():
+    """But for one process alone."""
+    texts = [function(SOURCES[name], "fail") for name in ("rlhf", "discrete")]
+    assert changes(*texts) == [
+        '-     """Stop with one line that says what is wrong and what to do."""',
+        '+     """Stop with one line that says what is wrong and what to do, of the rank that is '
+        'first."""',
+        "+     store = dist.is_initialized() and dist.distributed_c10d._get_default_store()",
+        '+     if not store or store.add("failed", 1) == 1:',
+        '-     print("error:", *str(message).split(), file=sys.stderr)',
+        '+         print("error:", *str(message).split(), file=sys.stderr)',
+    ]
 
 
 def test_rlhf_changes_the_listed_lines_of_the_loss():
@@ -265,8 +282,8 @@ def test_budget(source):
         assert algorithm.count("\n") <= 400, "too much in The algorithm and train_ppo"
         assert learning + runs <= 1500
     else:
-        assert learning <= (465 if "nn.LSTM" in source else 440), "too much before Runs"
-        assert runs <= 552, "too much in Runs"
+        assert learning <= (485 if "nn.LSTM" in source else 460), "too much before Runs"
+        assert runs <= 611, "too much in Runs"
 
 
 @each_script
