@@ -36,9 +36,9 @@ TRAINING = {
         '+     saved |= {f"obs_{k}": torch.as_tensor(x) for k, x in vars(envs.obs_rms).items()}',
         "+     saved |= "
         '{f"return_{k}": torch.as_tensor(x) for k, x in vars(envs.return_rms).items()}',
+        "+ ",
         "+         for rms in (envs.obs_rms, envs.return_rms):",
         "+             rms.merge()  # [X2]",
-        "+ ",
     ],
     "atari": [
         "-     agent = Agent(envs).to(device)",
