@@ -554,8 +554,8 @@ def check_args(args: Args):
         if getattr(args, name) % ranks:
             fail(f"{name} {getattr(args, name)} cannot be divided by the {ranks} ranks of torchrun")
     batch = f"a batch of {args.batch_size} (--num-envs x --num-steps)"
-    if args.num_envs % args.num_minibatches:
-        parts = f"{args.num_minibatches} equal --num-minibatches"
+    if args.num_envs % (args.num_minibatches * ranks):
+        parts = f"{args.num_minibatches} equal --num-minibatches" + f", {ranks} ranks" * (ranks > 1)
         fail(f"{args.num_envs} environments (--num-envs) cannot be divided into {parts}")
     if args.total_timesteps < args.batch_size:
         fail(f"--total-timesteps {args.total_timesteps} is less than {batch}")

@@ -411,3 +411,11 @@ def test_x2_what_cannot_be_divided_is_refused_in_one_line(changes, hint):
     assert on_two_ranks(refusal, "discrete", changes) == [2, 2]
     (line,) = "".join(Path(f"rank{i}.txt").read_text() for i in range(2)).splitlines()
     assert hint in line
+
+
+def test_x2_with_memory_a_minibatch_has_whole_environments_of_each_rank():
+    changes = {"num_envs": 4, "num_minibatches": 4}
+    assert on_two_ranks(refusal, "atari_lstm", changes) == [2, 2]
+    (line,) = "".join(Path(f"rank{i}.txt").read_text() for i in range(2)).splitlines()
+    assert "4 environments (--num-envs) cannot be divided into 4 equal" in line
+    assert line.endswith("--num-minibatches, 2 ranks")

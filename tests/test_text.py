@@ -72,10 +72,11 @@ MEMORY = {
         "-     if rank_of()[0] == 0:",
         '-         print("notice:", message, file=sys.stderr)',
         "-     if args.batch_size % args.num_minibatches:",
-        "+     if args.num_envs % args.num_minibatches:",
+        "+     if args.num_envs % (args.num_minibatches * ranks):",
         '-         fail(f"{batch} cannot be divided into '
         '{args.num_minibatches} equal --num-minibatches")',
-        '+         parts = f"{args.num_minibatches} equal --num-minibatches"',
+        '+         parts = f"{args.num_minibatches} equal --num-minibatches" '
+        '+ f", {ranks} ranks" * (ranks > 1)',
         '+         fail(f"{args.num_envs} environments (--num-envs) '
         'cannot be divided into {parts}")',
         "+         state = torch.zeros(2, 1, N, 128, "
