@@ -9,12 +9,16 @@ ranks of one thread and one process with two threads and with one run in turn, t
 round after each round; speed is counted as in benchmarks/speed.py.
 
 Writes ranks_curves.csv: the mean return of the last 100 episodes, 50 times a run; ranks_speed.csv:
-a row for each run; and ranks.json: where they come from. All in docs/results/.
+a row for each run; and ranks.json: where they come from, all in docs/results/. Prints the tables of
+docs/scaling.md, which is all it does without a flag.
 """
 
+import csv
 import dataclasses
 import datetime
 import json
+import math
+import statistics
 import sys
 import tempfile
 from pathlib import Path
@@ -86,6 +90,57 @@ def measure_speed(args: Args, commit: str, cache: str):
                 save(args.out / "ranks_speed.csv", rows, row | {"commit": commit})
 
 
+def read(path: Path) -> list[dict]:
+    with open(path) as file:
+        return list(csv.DictReader(file))
+
+
+def curves_table(rows: list[dict]) -> list[str]:
+    """Mean return at the end, over the seeds; the difference, and its standard error."""
+    lines = ["| environment | one process | two ranks | difference |", "|---|---|---|---|"]
+    for task in CURVES:
+        last = {}
+        for row in rows:  # the later row of a run replaces the earlier
+            if row["env_id"] == task.env_id:
+                last[row["ranks"], row["seed"]] = float(row["mean_return"])
+        one, two = ([x for (ranks, _), x in last.items() if ranks == k] for k in "12")
+        means = [statistics.fmean(x) for x in (one, two)]
+        error = math.hypot(*(statistics.stdev(x) / len(x) ** 0.5 for x in (one, two)))
+        cells = [f"{statistics.fmean(x):,.1f} +- {statistics.stdev(x):,.1f}" for x in (one, two)]
+        cells.append(f"{means[1] - means[0]:+,.1f} +- {error:,.1f}")
+        lines.append(f"| {task.env_id} | {' | '.join(cells)} |")
+    return lines
+
+
+def speed_table(rows: list[dict]) -> list[str]:
+    """Median steps per second, in brackets the lowest and the highest; the ratio of medians."""
+    kinds = {"1 x 1": "one process, one thread", "1 x 2": "two threads", "2 x 1": "two ranks"}
+    lines = [
+        f"| script | {' | '.join(kinds.values())} | ranks / threads |",
+        "|---|---|---|---|---|",
+    ]
+    for task in SPEED:
+        found = {
+            kind: sorted(
+                float(row["steps_per_second"])
+                for row in rows
+                if (row["script"], row["ranks_x_threads"]) == (task.script, kind)
+            )
+            for kind in kinds
+        }
+        medians = {kind: statistics.median(x) for kind, x in found.items()}
+        cells = [f"{medians[kind]:,.0f} ({x[0]:,.0f} to {x[-1]:,.0f})" for kind, x in found.items()]
+        cells.append(f"{medians['2 x 1'] / medians['1 x 2']:.2f}")
+        lines.append(f"| {task.script} | {' | '.join(cells)} |")
+    return lines
+
+
+def tables(folder: Path) -> str:
+    """Those of docs/scaling.md."""
+    curves = curves_table(read(folder / "ranks_curves.csv"))
+    return "\n".join([*curves, "", *speed_table(read(folder / "ranks_speed.csv"))])
+
+
 def main(args: Args):
     path, commit = results_folder(args.out) / "ranks.json", commit_of(ROOT)
     origin = {"command": without_paths(sys.argv), "date": datetime.date.today().isoformat()}
@@ -96,6 +151,7 @@ def main(args: Args):
                 measure(args, commit, cache)
             record = json.loads(path.read_text()) if path.exists() else {}
             path.write_text(json.dumps(record | {name: origin}, indent=2) + "\n")
+    print(tables(args.out))
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ import numpy as np
 import phases
 import precision
 import pytest
+import ranks
 import rlhf_speed
 import speed
 import variants
@@ -446,4 +447,46 @@ def test_environments_on_the_page():
         "| one process | 2 | 250 (200 to 300) | 0.56 |",
         "| a process for each game | 2 | 450 (400 to 500) | 1.00 |",
         "| other | 1 | 900 (900 to 900) | 2.00 |",
+    ]
+
+
+# ------------------------------------------------------------------------------------------------
+# Ranks
+
+
+def test_curves_of_ranks_are_compared_at_their_end():
+    """Means 2 and 4, deviations 1 and 2 of three seeds: a difference of 2, its error 1.29."""
+    rows = [
+        {"env_id": task.env_id, "ranks": k, "seed": str(seed), "mean_return": str(value)}
+        for task in ranks.CURVES
+        for k, values in {"1": (1, 2, 3), "2": (2, 4, 6)}.items()
+        for seed, end in enumerate(values)
+        for value in (-99, end)
+    ]
+    _, _, *lines = ranks.curves_table(rows)
+    assert [line.split(" | ", 1)[0] for line in lines] == ["| CartPole-v1", "| HalfCheetah-v5"]
+    assert {line.split(" | ", 1)[1] for line in lines} == {
+        "2.0 +- 1.0 | 4.0 +- 2.0 | +2.0 +- 1.3 |"
+    }
+
+
+def test_speed_of_ranks_is_compared_by_medians():
+    speeds = {"1 x 1": (10, 20, 30), "1 x 2": (20, 40, 90), "2 x 1": (10, 60, 70)}
+    rows = [
+        {"script": task.script, "ranks_x_threads": kind, "steps_per_second": str(x)}
+        for task in ranks.SPEED
+        for kind, values in speeds.items()
+        for x in values
+    ]
+    _, _, *lines = ranks.speed_table(rows)
+    cells = "| 20 (10 to 30) | 40 (20 to 90) | 60 (10 to 70) | 1.50 |"
+    assert lines == [f"| {task.script} {cells}" for task in ranks.SPEED]
+
+
+def test_ranks_are_started_by_torchrun():
+    one, two = (ranks.program(speed.TASKS[0], k, 1, "c") for k in (1, 2))
+    assert one.command == [speed.ROOT / "ppo_discrete.py", "--torch-threads", "1"]
+    assert two.command == [
+        *("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"),
+        *one.command,
     ]

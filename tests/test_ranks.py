@@ -326,9 +326,16 @@ def finish(process):
 
 
 def test_x2_compiled_and_eager_ranks_agree():
-    """The gradient with its all-reduce is one graph: without a notice, within 1e-5 of eager."""
+    """The gradient with its all-reduce is one graph: without a notice, within 1e-5 of eager.
+
+    Of the ranks, one tells W&B.
+    """
     weights = []
-    for more, env in ([], {"TORCHDYNAMO_DISABLE": "0"}), (["--no-compile"], {}):
+    tracked = {"WANDB_MODE": "offline", "WANDB_DIR": os.getcwd()}
+    for more, env in (
+        ([], {"TORCHDYNAMO_DISABLE": "0"}),
+        (["--no-compile", "--track"], tracked),
+    ):
         process = torchrun("--total-timesteps", "384", *more, **env)
         stdout, stderr = finish(process)
         assert process.returncode == 0, stderr
@@ -336,6 +343,7 @@ def test_x2_compiled_and_eager_ranks_agree():
         (folder,) = Path("runs").iterdir()
         weights.append(torch.load(folder / "checkpoint.pt", weights_only=True)["agent"])
         folder.rename(f"run{len(weights)}")
+    assert len(list(Path().glob("wandb/offline-run-*"))) == 1  # that of rank 0
     assert max((weights[0][k] - weights[1][k]).abs().max().item() for k in weights[0]) < 1e-5
 
 
