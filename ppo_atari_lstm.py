@@ -801,9 +801,8 @@ class Run:
             except wandb.Error as error:
                 fail(f"Weights & Biases: {error}")
             self.wandb.define_metric("*", step_metric="global_step")
-        self.bar = tqdm(
-            total=args.total_timesteps, initial=done, unit="step", disable=self.rank > 0 or None
-        )
+        how = {"initial": done, "unit": "step", "disable": self.rank > 0 or None}
+        self.bar = tqdm(total=args.total_timesteps, **how)
         self.start_time, self.last_line = time.time() - data["seconds"], time.time()
         self.handlers = {}
         with contextlib.suppress(ValueError):  # not the main thread
@@ -864,9 +863,6 @@ class Run:
         for number in self.handlers:
             signal.signal(number, signal.SIG_DFL if self.ranks == 1 else signal.SIG_IGN)
 
-    def log(self, global_step: int, metrics: dict[str, float]):
-        self.rows.append((global_step, time.time() - self.start_time, metrics))
-
     def write(self):
         """A row for each metric in metrics.csv; in W&B one for all of them, and finished videos."""
         rows = [(step, t, name, x) for step, t, row in self.rows for name, x in row.items()]
@@ -878,16 +874,15 @@ class Run:
             if self.wandb and step > self.sent:  # not before the run was resumed
                 self.wandb.log({"global_step": step} | row)
         for path in set(self.videos.glob("*[0-9].mp4")) - self.uploaded if self.wandb else ():
-            import wandb
-
-            self.wandb.log({"global_step": step, path.stem: wandb.Video(str(path))})
+            video = sys.modules["wandb"].Video(str(path))
+            self.wandb.log({"global_step": step, path.stem: video})
             self.uploaded.add(path)
 
     def log_episodes(self, global_step: int, info: dict):
         """Return and length of each episode that ended with this step, in the order of the envs."""
         for _, score, length in finished(info):
             row = {"charts/episodic_return": score, "charts/episodic_length": length}
-            self.log(global_step, row)
+            self.rows.append((global_step, time.time() - self.start_time, row))
 
     def check_finite(self, global_step: int, **data):
         """Stop before anything that is not finite is learned from, acted with or saved."""
@@ -920,7 +915,7 @@ class Run:
         means = {k: np.mean([x[k] for _, _, x in ranks]) for k in metrics} | {"charts/SPS": speed}
         if self.last_returns:
             means["charts/mean_episodic_return"] = np.mean(self.last_returns)
-        self.log(global_step, means)
+        self.rows.append((global_step, time.time() - self.start_time, means))
         if self.rank == 0:
             self.write()
         self.rows.clear()
@@ -1028,15 +1023,11 @@ def origin(device: torch.device) -> dict:
     git = f"git -C {shlex.quote(str(Path(__file__).parent))} describe"
     describe = f"{git} --always --dirty --abbrev=40 --exclude='*'"  # the commit, whatever the tags
     status, commit = subprocess.getstatusoutput(describe)
-    return {
-        "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
-        "cpus": os.cpu_count(),
-        "platform": platform.platform(),
-        "versions": {"python": platform.python_version()} | versions,
-        "git_commit": commit if status == 0 else None,
-        "script_sha256": hashlib.sha256(Path(__file__).read_bytes()).hexdigest(),
-        "command": shlex.join(sys.argv),
-    }
+    where = {"device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu"}
+    where |= {"cpus": os.cpu_count(), "platform": platform.platform()}
+    where |= {"versions": {"python": platform.python_version()} | versions}
+    where |= {"git_commit": commit if status == 0 else None, "command": shlex.join(sys.argv)}
+    return where | {"script_sha256": hashlib.sha256(Path(__file__).read_bytes()).hexdigest()}
 
 
 if __name__ == "__main__":
