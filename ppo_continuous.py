@@ -582,8 +582,10 @@ def load_checkpoint(path: str) -> dict:
 
 def compiled(function):
     """`function` made faster by torch.compile, or as it is where there is no compiler."""
-    torch._dynamo.config.trace_autograd_ops = True  # or it is compiled up to backward(), and behind
-    fast = torch.compile(function, fullgraph=True)
+    whole = hasattr(torch._dynamo.config, "trace_autograd_ops")  # else up to backward(), and behind
+    if whole:  # new in torch 2.13
+        torch._dynamo.config.trace_autograd_ops = True
+    fast = torch.compile(function, fullgraph=whole)
 
     def call(*args):
         nonlocal fast

@@ -1,6 +1,6 @@
 """The scripts on a GPU: are they right, how fast, do they learn? Prepared for a few minutes there.
 
-    python3 benchmarks/gpu.py --call a --seconds 300 --out A      # facts, right, variants
+    python3 benchmarks/gpu.py --call a --seconds 300 --out A      # facts, right, ranks, variants
     python3 benchmarks/gpu.py --call b --seconds 240 --variant V --out B    # fast, learn, words
     python benchmarks/gpu.py --device cpu --quick --out DIR       # rehearsal of all parts
 
@@ -18,6 +18,7 @@ and the others go on. The last line counts the parts that failed and is the exit
 facts     the machine
 right     eager beside compiled, GPU beside CPU, ratio 1 at first, the same seed twice, memory, no
           synchronization in the update, a checkpoint from the GPU read on the CPU
+ranks     torchrun: one rank by NCCL is one process, two by gloo on one GPU stay equal
 variants  Atari at 8 and 64 environments, HalfCheetah at 1, by how the update is compiled: VARIANTS
           puts other lines into a copy of the script; what is not seen to work is not in the script
 fast      by --variant: more environments, with and without GPU, the floor of random actions, and
@@ -62,7 +63,7 @@ from variants import replaced
 
 FIELDS = ("script", "case", "metric", "value", "step", "seconds")
 CALLS = {  # groups of parts that run side by side, and their shares of the time
-    "a": {("facts",): 1, ("right",): 4, ("variants",): 6},
+    "a": {("facts",): 1, ("right",): 4, ("ranks",): 2, ("variants",): 6},
     "b": {("fast",): 6, ("learn", "words"): 6},
 }
 ATARI, CHEETAH, CARTPOLE, WORDS = (
@@ -92,6 +93,17 @@ VARIANTS = {  # how the update is compiled: [(old text, new text), ...]
 NO_SYNCS = [  # a synchronization between these lines is an error
     (STEP, f'{STEP[:16]}syncs("error")\n{STEP}'),
     (LOG, f'{LOG[:8]}syncs("default")\n{LOG}'),
+]
+
+
+END = "    run.close()\n    return agent\n"
+EQUAL = """    weights = nn.utils.parameters_to_vector(agent.parameters()).detach().cpu()
+    assert all(torch.equal(weights, x) for x in of_all_ranks(weights))
+"""
+GLOO = [  # NCCL wants a GPU for each rank
+    (END, EQUAL + END),  # or the run fails
+    ("dist.init_process_group()", 'dist.init_process_group("gloo")'),
+    ('torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))', "torch.cuda.set_device(0)"),
 ]
 
 
@@ -505,6 +517,47 @@ def weights_apart(a: dict, b: dict) -> float:
     return max(abs(x - y) for x, y in zip(a["weights"], b["weights"], strict=True))
 
 
+def ranks(part: Part):
+    """The same run by python and by torchrun: distance of the weights, speeds."""
+    for script in (CARTPOLE, CHEETAH, ATARI):
+        if script not in part.args.scripts:
+            continue
+        if part.left() < 15:
+            part.row(script, "torchrun", "left_out", 1)
+            continue
+        flags = short(script, part.args, "fp32")
+        plain, _ = by_torchrun(part, script, "python", 0, [], flags)
+        for case, number, lines in (("1 rank, NCCL", 1, []), ("2 ranks, gloo", 2, GLOO)):
+            weights, speed = by_torchrun(part, script, case, number, lines, flags)
+            if plain is None or weights is None:
+                continue
+            apart = max((weights[k].cpu() - plain[k].cpu()).abs().max().item() for k in plain)
+            numbers = {"weights_apart_from_python": apart, "steps_per_second": speed}
+            part.rows(script, case, numbers)
+
+
+def by_torchrun(part: Part, script: str, case: str, number: int, lines: list, flags: list):
+    """Weights at the end and steps per second of a script with other lines in so many ranks."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / script
+        path.write_text(replaced(script, lines))
+        torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={number}"]
+        process = part.process([*torchrun * (number > 0), path, *flags])
+        status = part.wait(process)
+    try:
+        assert status == 0, f"exit status {status}"
+        (path,) = process.folder.glob("runs/*/checkpoint.pt")
+        weights = torch.load(path, map_location="cpu", weights_only=True)["agent"]
+        speed = steps_per_second(read_metrics(path.parent / "metrics.csv"))
+        return weights, speed
+    except Exception:
+        output = (process.folder / "output").read_text(errors="replace")
+        part.failure(script, case, output + traceback.format_exc())
+        return None, None
+    finally:
+        shutil.rmtree(process.folder, ignore_errors=True)
+
+
 def sized(script: str, num_envs: int, iterations: int, args: Args, *more: str) -> list[str]:
     """Flags of a run of some iterations with the script's number of steps."""
     steps = {CARTPOLE: 128, CHEETAH: 2048 // num_envs, ATARI: 128}[script]
@@ -673,7 +726,7 @@ def words(part: Part):
     part.row(WORDS, "8 V100, published", "hours_per_million_episodes", f"{LHP_SECONDS / 3600:.3g}")
 
 
-PARTS = {x.__name__: x for x in (facts, right, variants, fast, learn, words)}
+PARTS = {x.__name__: x for x in (facts, right, ranks, variants, fast, learn, words)}
 
 
 def run(name: str, args: Args, deadline: float) -> bool:

@@ -240,7 +240,7 @@ def gpu_table(rows, points=20):
 def gpu_section(folder):
     """What benchmarks/gpu.py left in a folder."""
     lines = [GPU]
-    for name in ("facts", "right", "variants", "fast", "learn", "words"):
+    for name in ("facts", "right", "ranks", "variants", "fast", "learn", "words"):
         if (folder / f"{name}.csv").exists():
             with open(folder / f"{name}.csv") as file:
                 rows = list(csv.DictReader(file))

@@ -46,7 +46,9 @@ def test_rehearsal(tmp_path):
     """The first call on one script."""
     status = program(tmp_path, "--call", "a", "--scripts", CARTPOLE, timeout=600)
     assert status[:2] == (0, "0 parts failed"), status
-    assert {path.name for path in tmp_path.iterdir()} == {"facts.csv", "right.csv", "variants.csv"}
+    assert {path.name for path in tmp_path.iterdir()} == {
+        f"{name}.csv" for name in ("facts", "right", "ranks", "variants")
+    }
     facts = {row["metric"]: row["value"] for row in rows(tmp_path / "facts.csv")}
     assert {"cpu", "cpus", "memory", "versions", "commit"} <= facts.keys()
     right = numbers(tmp_path / "right.csv", CARTPOLE, "fp32")
@@ -54,6 +56,10 @@ def test_rehearsal(tmp_path):
     assert abs(right["first_approx_kl"]) < 1e-6 and right["first_clipfrac"] == 0
     assert 0 < right["compiled_weights_apart"] < 1e-5
     assert right["unique_graphs"] == 1
+    one, two = (
+        numbers(tmp_path / "ranks.csv", CARTPOLE, x) for x in ("1 rank, NCCL", "2 ranks, gloo")
+    )
+    assert one["weights_apart_from_python"] == 0 < two["weights_apart_from_python"]
     page = "\n".join(make_performance.gpu_section(tmp_path))
     assert f"| {CARTPOLE} | fp32 | 0 |" in page
     assert f"cpus {facts['cpus']}; " in page
@@ -118,7 +124,7 @@ def test_when_the_time_is_over_every_table_is_there(tmp_path):
     assert len(gpu.PARTS) <= 8
     for name in ("right", "learn", "words"):
         assert any(row["metric"] == "failed" for row in rows(out / f"{name}.csv"))
-    for name in ("variants", "fast"):
+    for name in ("ranks", "variants", "fast"):
         found = [row for row in rows(out / f"{name}.csv") if row["script"] == CHEETAH]
         assert {row["metric"] for row in found} == {"left_out"}
 
@@ -144,7 +150,7 @@ def test_replaced_lines_are_in_the_scripts(script):
     text = (ROOT / script).read_text()
     replaced = [*gpu.NO_SYNCS]
     if script in (CARTPOLE, CHEETAH, ATARI):
-        replaced += [x for lines in gpu.VARIANTS.values() for x in lines]
+        replaced += [x for lines in gpu.VARIANTS.values() for x in lines] + gpu.GLOO
     for old, _ in replaced:
         assert text.count(old) == 1, old
 

@@ -260,7 +260,7 @@ def test_killed_in_the_middle_of_a_save(monkeypatch):
     class KilledError(BaseException):
         pass
 
-    replace, calls = Path.replace, itertools.count()
+    replace, calls = os.replace, itertools.count()
 
     def kill(*args):
         if next(calls) == 1:
@@ -268,7 +268,7 @@ def test_killed_in_the_middle_of_a_save(monkeypatch):
         return replace(*args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(ppo_discrete.Path, "replace", kill)
+        patch.setattr(os, "replace", kill)
         with pytest.raises(KilledError):
             train("discrete")
     (folder,) = Path().glob("runs/*")

@@ -527,7 +527,8 @@ def check_rows(logged, rows):
     names = Counter(name for *_, name, _ in rows)
     episodes, iterations = names[EPISODE_METRICS[0]], names["charts/SPS"]
     assert episodes and iterations
-    assert kinds == {frozenset(EPISODE_METRICS): episodes, frozenset(ITERATION_METRICS): iterations}
+    iteration = frozenset(ITERATION_METRICS | {"charts/mean_episodic_return"})
+    assert kinds == {frozenset(EPISODE_METRICS): episodes, iteration: iterations}
 
 
 @pytest.mark.parametrize("name, env_id", [("discrete", "Two-v0"), ("continuous", "ScriptedBox-v0")])
