@@ -911,20 +911,21 @@ class Run:
         self.rows = sorted((row for _, rows, _ in ranks for row in rows), key=lambda row: row[0])
         returns = [row["charts/episodic_return"] for _, _, row in self.rows]
         self.last_returns = [*self.last_returns, *returns][-100:]
-        means = {k: np.mean([x[k] for _, _, x in ranks]) for k in metrics} | {"charts/SPS": speed}
-        if self.last_returns:
-            means["charts/mean_episodic_return"] = np.mean(self.last_returns)
+        means = {k: sum(x[k] for _, _, x in ranks) / len(ranks) for k in metrics}
+        means |= {"charts/SPS": speed}
+        mean_return = sum(self.last_returns) / max(1, len(self.last_returns))
+        means |= {"charts/mean_episodic_return": mean_return} if self.last_returns else {}
         self.rows.append((global_step, time.time() - self.start_time, means))
         if self.rank == 0:
             self.write()
         self.rows.clear()
-        mean_return = f"{np.mean(self.last_returns):.1f}" if self.last_returns else "none yet"
-        self.bar.set_postfix_str(f"return {mean_return}", refresh=False)
+        words = f"return {mean_return:.1f}" if self.last_returns else "return none yet"
+        self.bar.set_postfix_str(words, refresh=False)
         self.bar.update(global_step - self.bar.n)
         last = iteration == self.args.num_iterations
         if self.bar.disable and (last or time.time() - self.last_line > 10):
             steps = f"{global_step:,} of {self.args.total_timesteps:,} steps"
-            say(f"{steps}, return {mean_return}, {speed:,} steps/s")
+            say(f"{steps}, {words}, {speed:,} steps/s")
             self.last_line = time.time()
         if last or self.signal or iteration % self.args.checkpoint_every == 0:
             if self.rank == 0:

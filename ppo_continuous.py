@@ -123,12 +123,13 @@ class RunningMeanStd:
     def update(self, x):
         """In place: the checkpoint knows the arrays."""
         _, ranks = rank_of()
-        old_count = self.count.copy()
-        self.count += ranks * len(x)  # those of the other ranks are taken to be alike
+        old_count = self.count.item() / ranks  # this one's share
+        count = old_count + len(x)
         delta = x - self.mean
-        self.mean += ranks * delta.sum(0) / self.count
-        m2 = self.var * old_count + ranks * (delta * (x - self.mean)).sum(0)
-        self.var[...] = (m2 + 0 * m2) / self.count  # inf + 0 inf = nan: an overflow is no variance
+        self.mean += delta.sum(0) / count
+        m2 = self.var * old_count + (delta * (x - self.mean)).sum(0)
+        self.var[...] = (m2 + 0 * m2) / count  # inf + 0 inf = nan: an overflow is no variance
+        self.count.fill(count * ranks)
 
     def merge(self):
         """The same on all ranks: the variance within them, and that of their means."""
@@ -922,20 +923,21 @@ class Run:
         self.rows = sorted((row for _, rows, _ in ranks for row in rows), key=lambda row: row[0])
         returns = [row["charts/episodic_return"] for _, _, row in self.rows]
         self.last_returns = [*self.last_returns, *returns][-100:]
-        means = {k: np.mean([x[k] for _, _, x in ranks]) for k in metrics} | {"charts/SPS": speed}
-        if self.last_returns:
-            means["charts/mean_episodic_return"] = np.mean(self.last_returns)
+        means = {k: sum(x[k] for _, _, x in ranks) / len(ranks) for k in metrics}
+        means |= {"charts/SPS": speed}
+        mean_return = sum(self.last_returns) / max(1, len(self.last_returns))
+        means |= {"charts/mean_episodic_return": mean_return} if self.last_returns else {}
         self.rows.append((global_step, time.time() - self.start_time, means))
         if self.rank == 0:
             self.write()
         self.rows.clear()
-        mean_return = f"{np.mean(self.last_returns):.1f}" if self.last_returns else "none yet"
-        self.bar.set_postfix_str(f"return {mean_return}", refresh=False)
+        words = f"return {mean_return:.1f}" if self.last_returns else "return none yet"
+        self.bar.set_postfix_str(words, refresh=False)
         self.bar.update(global_step - self.bar.n)
         last = iteration == self.args.num_iterations
         if self.bar.disable and (last or time.time() - self.last_line > 10):
             steps = f"{global_step:,} of {self.args.total_timesteps:,} steps"
-            say(f"{steps}, return {mean_return}, {speed:,} steps/s")
+            say(f"{steps}, {words}, {speed:,} steps/s")
             self.last_line = time.time()
         if last or self.signal or iteration % self.args.checkpoint_every == 0:
             if self.rank == 0:

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from conftest import ROOT, far_from_initial
+from conftest import ROOT, far_from_initial, train
 
 LAST = "layer_init(nn.Linear(64, outputs), gain=gain)"
 LAYERS = {
@@ -103,6 +103,7 @@ def compare(script, replacements, monkeypatch, capsys, start="def mlp(", end="cl
     for others in (False, True):
         if others:
             far_from_initial(agent)
+            agent.rollouts = 0  # they are compared at 1, 2, 4, ...
         acts, is_trained = acts_and_is_trained(agent, obs.astype(np.float32))
         differences.append((acts - is_trained).abs().max().item())
     return max(differences), "notice: rollout_policy" in capsys.readouterr().err
@@ -133,3 +134,23 @@ def test_a_change_of_the_standard_deviation_changes_what_acts(name, monkeypatch,
     difference, noticed = compare("continuous", STD[name], monkeypatch, capsys, *places)
     assert difference < 1e-5
     assert noticed == (name == "of the state")
+
+
+@pytest.mark.parametrize("script", ["discrete", "continuous"])
+def test_what_makes_no_odds_at_first_is_noticed_in_the_second_rollout(script, monkeypatch, capsys):
+    """A factor of 1 that is learned: what acts is compared again after the first update."""
+    module, text = edited(
+        script, [(ACTOR, f"self.scale * {ACTOR}")], "    def forward(", "    def rollout_policy("
+    )
+    monkeypatch.setitem(sys.modules, "edited", module)
+    exec(compile(text, module.__file__, "exec"), vars(module))
+    lines, ends = [], module.Run.end_iteration
+
+    def end_iteration(*args):
+        lines.append("notice: rollout_policy" in capsys.readouterr().err)
+        ends(*args)
+
+    monkeypatch.setattr(module.Run, "end_iteration", end_iteration)
+    env_id = {"discrete": "CartPole-v1", "continuous": "Pendulum-v1"}[script]
+    train(module, env_id=env_id)
+    assert lines == [False, True]

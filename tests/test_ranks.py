@@ -275,6 +275,28 @@ def test_x2_ranks_play_different_games():
     assert (dones != other_dones).any()
 
 
+def signalled(rank):
+    """Rank 1 gets SIGTERM in the second iteration. Exit code, and the updates that were made."""
+    ppo_gradient, calls = ppo_discrete.ppo_gradient, []
+
+    def count(*args):
+        calls.append(1)
+        if rank == 1 and len(calls) == 6:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return ppo_gradient(*args)
+
+    ppo_discrete.ppo_gradient = count
+    with pytest.raises(SystemExit) as stopped:
+        train(ppo_discrete, total_timesteps=320)
+    return stopped.value.code, len(calls)
+
+
+def test_x2_a_signal_to_one_rank_stops_all_after_the_same_iteration():
+    assert on_two_ranks(signalled) == [(128 + signal.SIGTERM, 8)] * 2
+    (path,) = Path().glob("runs/*/checkpoint.pt")
+    assert torch.load(path, weights_only=True)["iteration"] == 2
+
+
 # ------------------------------------------------------------------------------------------------
 # By torchrun
 
@@ -319,8 +341,8 @@ def lines_of_ours(stderr):
     return [line for line in stderr.splitlines() if line.startswith("error:")]
 
 
-def finish(process):
-    stdout, stderr = process.communicate(timeout=120)
+def finish(process, timeout=120):
+    stdout, stderr = process.communicate(timeout=timeout)
     assert alive(process) == []
     return stdout, stderr
 
@@ -397,6 +419,16 @@ def test_x2_a_rank_that_fails_ends_all(what, expected):
     assert re.fullmatch(rf"error: {expected}; last good checkpoint: {path}", line)
     assert torch.load(path, weights_only=True)["iteration"] == 2
     assert process.returncode != 0
+
+
+@pytest.mark.slow
+def test_x2_two_ranks_learn_to_balance():
+    """CartPole-v1 with its default settings; seeds 1 to 5 reached 500."""
+    process = torchrun("--num-envs", "4", "--num-steps", "128", "--num-minibatches", "4")
+    _, stderr = finish(process, timeout=600)
+    assert process.returncode == 0, stderr
+    returns = [value for *_, name, value in metrics() if name == "charts/episodic_return"]
+    assert np.mean(returns[-100:]) > 450
 
 
 def refusal(rank, name, changes):
