@@ -722,7 +722,11 @@ class Processes(gym.vector.AsyncVectorEnv):
 
         self.timeout, self.steps, self.parent_pipes, self.processes = timeout, 0, [], []
         atexit.register(self.close)  # or multiprocessing waits for the processes for ever
-        super().__init__(make_envs, worker=worker, **how)
+        try:
+            super().__init__(make_envs, worker=worker, **how)
+        except (EOFError, ConnectionError):
+            self.close()  # after what they have to say
+            raise gym.error.Error("an environment cannot be made in its process") from None
         gym.logger.min_level = 50  # its log of what a process raises fails at a % in it
         for process in self.processes:  # or Linux wakes them one by one on the same core
             with contextlib.suppress(AttributeError, OSError):
@@ -1056,7 +1060,5 @@ if __name__ == "__main__":
         if not re.search("gloo|NCCL", str(error)):
             raise
         Run.now.stop("another rank has ended")
-    except (EOFError, OSError) as error:  # or a disk is full, a folder has gone
-        if Run.now is None:
-            fail("an environment cannot be made in its process")
+    except OSError as error:  # a disk is full, a folder has gone
         Run.now.stop(f"{Run.now.folder} cannot be written to: {error}")

@@ -257,6 +257,7 @@ sys.exit(mutate.main(["--jobs", "1", "--out", "page.md"]))
 """
 
 
+@pytest.mark.slow
 def test_verdicts(tmp_path):
     """Four mutants by operators and one by hand, two comments, one known as such, no test."""
     env = os.environ | {"PYTHONPATH": str(ROOT / "tests")}

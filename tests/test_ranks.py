@@ -197,16 +197,16 @@ def trained(rank, name, changes):
 
 @each_script
 def test_x2_ranks_stay_equal(name):
-    """Weights after 52 updates and running statistics, bit for bit; one folder, one checkpoint."""
-    batch = 32
+    """Weights after 52 updates, 12 of Atari, and statistics, bit for bit; one checkpoint."""
+    iterations = 3 if "atari" in name else 13
     (weights, statistics), (other_weights, others) = on_two_ranks(
-        trained, name, {"total_timesteps": 13 * batch}
+        trained, name, {"total_timesteps": 32 * iterations}
     )
     assert all(torch.equal(weights[k], other_weights[k]) for k in weights)
     (path,) = Path().glob("runs/*/checkpoint.pt")
     saved = torch.load(path, weights_only=True)
     assert all(torch.equal(saved["agent"][k], weights[k]) for k in weights)
-    assert saved["optimizer"]["state"][0]["step"] == 52
+    assert saved["optimizer"]["state"][0]["step"] == 4 * iterations
     for kind, (rms, seen) in statistics.items():
         both = np.concatenate([seen, others[kind][1]])
         for k, x in rms.items():
@@ -347,6 +347,7 @@ def finish(process, timeout=120):
     return stdout, stderr
 
 
+@pytest.mark.slow
 def test_x2_compiled_and_eager_ranks_agree():
     """The gradient with its all-reduce is one graph: without a notice, within 1e-5 of eager.
 

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 
 from conftest import ROOT, metrics
@@ -29,6 +30,7 @@ def run(command):
     return done.stdout
 
 
+@pytest.mark.slow
 def test_commands():
     assert len(COMMANDS) == 6 and all(x.startswith("python ppo_discrete.py") for x in COMMANDS)
     first, resume, extend, *judge, film = COMMANDS

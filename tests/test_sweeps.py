@@ -86,6 +86,7 @@ def test_the_sweep_of_the_page_runs(tmp_path):
     assert saved == pytest.approx(objective, rel=1e-6)
 
 
+@pytest.mark.slow
 def test_the_sweep_without_an_account(tmp_path):
     """The blocks of docs/scaling.md, with fewer steps: all runs are there, the best is named."""
     page = (ROOT / "docs" / "scaling.md").read_text().split("## Sweeps")[1]
