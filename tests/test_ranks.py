@@ -370,6 +370,7 @@ def test_x2_compiled_and_eager_ranks_agree():
     assert max((weights[0][k] - weights[1][k]).abs().max().item() for k in weights[0]) < 1e-5
 
 
+@pytest.mark.slow
 def test_x2_a_signal_stops_all_ranks_and_the_run_goes_on_with_two_or_one():
     flags = ["--total-timesteps", "5000000", "--no-compile"]
     process = torchrun(*flags, script="continuous")
@@ -405,7 +406,10 @@ def test_x2_a_signal_stops_all_ranks_and_the_run_goes_on_with_two_or_one():
 @pytest.mark.parametrize(
     ("what", "expected"),
     [
-        ("raise KeyError('lost')", r"Fault-v0, environment 1, step 200: KeyError: 'lost'"),
+        pytest.param(
+            *("raise KeyError('lost')", r"Fault-v0, environment 1, step 200: KeyError: 'lost'"),
+            marks=pytest.mark.slow,
+        ),
         ("os._exit(1)", "another rank has ended"),
     ],
 )
