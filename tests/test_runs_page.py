@@ -55,17 +55,22 @@ def test_commands():
 
 def test_table_of_the_evaluation():
     """Its numbers are those of the files."""
-    files = dict.fromkeys(("training", "sampled", "mode", "fresh_statistics"))
+    breakout = ("breakout_training", "breakout_sampled")
+    files = dict.fromkeys(("training", "sampled", "mode", "fresh_statistics", *breakout))
     for name in files:
         lines = (ROOT / "docs" / "results" / "evaluation" / f"{name}.csv").read_text().splitlines()
         column = lines[0].split(",").index("episodic_return")
         files[name] = np.array([float(line.split(",")[column]) for line in lines[1:]])
         assert len(files[name]) == 100
     numbers = [files["training"], files["training"][-20:]]
-    numbers += [files[name] for name in ("sampled", "mode", "fresh_statistics")]
+    numbers += [files[name] for name in ("sampled", "mode", "fresh_statistics", *breakout)]
     for x in numbers:
         row = f"| {len(x)} | {x.mean():,.1f} | {x.std() / len(x) ** 0.5:.1f} |"
         assert row in PAGE
+    trained, judged = (files[name] for name in breakout)
+    error = np.hypot(trained.std(), judged.std()) / 10
+    assert abs(trained.mean() - judged.mean()) < 2 * error
+    assert f"{abs(trained.mean() - judged.mean()) / error:.1f} of its standard errors" in PAGE
 
 
 def test_programs():
