@@ -97,7 +97,7 @@ NO_SYNCS = [  # a synchronization between these lines is an error
 
 
 END = "    run.close()\n    return agent\n"
-EQUAL = """    weights = nn.utils.parameters_to_vector(agent.parameters()).detach().cpu()
+EQUAL = """    weights = torch.cat([x.detach().flatten().cpu() for x in agent.parameters()])
     assert all(torch.equal(weights, x) for x in of_all_ranks(weights))
 """
 GLOO = [  # NCCL wants a GPU for each rank
