@@ -238,7 +238,7 @@ class Agent(nn.Module):
                 return self(torch.as_tensor(obs, device=device))[0].base_dist.logits.cpu().numpy()
 
         self.rollouts += 1
-        if self.rollouts.bit_count() == 1:  # 1, 2, 4, 8, ...: it takes as long as 30 steps
+        if self.rollouts.bit_count() == 1:  # 1, 2, 4, 8, ...: it takes its time
             width = self.obs_dim + np.prod(self.choices)
             probe = np.linspace(-3, 3, 4 * width, dtype=np.float32).reshape(4, width)
             logits = exact(probe)
