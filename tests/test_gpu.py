@@ -64,7 +64,7 @@ def test_rehearsal(tmp_path):
 @pytest.mark.slow
 def test_whole_rehearsal(tmp_path):
     """Every part on every script, and the named numbers of each."""
-    status = program(tmp_path, "--seconds", "1500", timeout=1600)
+    status = program(tmp_path, "--seconds", "3600", timeout=3700)
     assert status[:2] == (0, "0 parts failed"), status
     assert {path.stem for path in tmp_path.iterdir()} == gpu.PARTS.keys()
     for script in SCRIPTS:
