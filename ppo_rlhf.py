@@ -1,11 +1,13 @@
 """Reinforcement learning from human feedback with PPO, the whole algorithm in one file.
 
     python ppo_rlhf.py --seed 1
+    python ppo_rlhf.py --model M --sft-data S.jsonl --pref-data P.jsonl --prompts Q.jsonl
 
 Supervised fine-tuning (SFT) -> pairs of its samples -> reward model (RM) -> PPO against it, on a
 task small enough for two minutes on a laptop; nothing is downloaded. Who prefers which sample is
 told by a hidden program, the gold reward: PPO never sees it, but every table shows it beside the
 reward model's score, the proxy. With --kl-coef 0 the proxy goes up and the gold reward down.
+With --model, the same stages for a model of Hugging Face and texts of yours (docs/rlhf.md).
 A tag such as [H44] marks the line that implements a detail; docs/details.md explains each.
 
 Notation, used without exception below
@@ -37,10 +39,13 @@ References
 # dependencies = ["numpy==2.4.6", "torch==2.13.0", "tqdm==4.70.1", "tyro==1.0.17", "wandb==0.31.0"]
 # ///
 
+import contextlib
 import copy
 import dataclasses
+import functools
 import hashlib
-import io
+import importlib
+import inspect
 import json
 import math
 import os
@@ -95,6 +100,16 @@ class Args:
     wandb_entity: str | None = None  # W&B team; None: your own account
 
     task: Literal["reviews", "sort"] = "reviews"  # sort: a verifiable reward, other defaults
+    model: str | None = None  # causal model of Hugging Face, folder or hub id; no task then
+    ref_model: str | None = None  # what the KL is measured to; None: the model, after SFT if any
+    reward_model: str | None = None  # sequence classifier, or causal model that `rm` starts from
+    value_model: str | None = None  # what the value model starts as; None: see --value-init
+    sft_data: str | None = None  # demonstrations: .jsonl, .parquet, or hub data set, NAME[:SPLIT]
+    pref_data: str | None = None  # pairs
+    prompts: str | None = None  # prompts of PPO; further columns go to the reward functions
+    eval_prompts: str | None = None  # prompts of the evaluation; None: the same
+    prompt_length: Count = 512  # P, tokens of a prompt at most, of --prompts and the like
+    stop: Repeatable = ()  # text that ends a response as EOS does; repeatable
     stages: str = "sft,rm,ppo,eval"  # what to run; what is left out comes from --load
     load: str | None = None  # checkpoint with products of earlier stages; its settings are defaults
     resume: str | None = None  # checkpoint to go on from, in its folder and with its settings
@@ -157,6 +172,13 @@ SORT = dict(task="sort", response_length=8, sft_texts=44_800, sft_epochs=1, rm_c
 SORT |= dict(total_episodes=19_200, kl_coef=0.0, learning_rate=1e-3)
 
 
+# defaults of --model: all texts of the files, and steps that suit weights which know a language
+REAL = dict(sft_texts=10**9, sft_epochs=1, sft_batch_size=8, sft_learning_rate=2e-5)
+REAL |= dict(rm_pairs=10**9, rm_test_pairs=64, rm_epochs=1, rm_batch_size=8, rm_learning_rate=1e-5)
+REAL |= dict(response_length=64, batch_size=64, micro_batch_size=8, eval_episodes=64)
+REAL |= dict(total_episodes=6400, learning_rate=3e-6, value_learning_rate=1e-5, kl_coef=0.05)
+
+
 # ------------------------------------------------------------------------------------------------
 # Environment
 
@@ -173,6 +195,29 @@ class Task(NamedTuple):
     gold: Callable  # prompt, response, whether it ended -> dict: score and its parts
 
     eos = property(lambda task: len(task.words) - 1)
+    num_tokens = property(lambda task: len(task.words))
+    judge = property(lambda task: task)  # its tokens are those of the reward model
+
+    def rows(self, kind, n, rng):
+        """n rows with a prompt and, for SFT, a completion, its demonstration; both are texts"""
+        rows = []
+        for _ in range(n):
+            rows.append({"prompt": self.write_prompt(rng)})
+            if kind == "sft":
+                rows[-1]["completion"] = self.write_response(rng, rows[-1]["prompt"])
+        return rows
+
+    def ids(self, row):
+        """-> tokens of a row's prompt; of its completion, if it has one, and EOS"""
+        response = [*row["completion"].split(), "EOS"] if "completion" in row else []
+        return [[self.words.index(x) for x in text] for text in (row["prompt"].split(), response)]
+
+    def text(self, ids):
+        return " ".join(self.words[t] for t in ids if t != self.eos)
+
+    def ended(self, responses):
+        """[B, t] -> [B]"""
+        return (responses == self.eos).any(1)
 
 
 TOPICS = "film plot cast, book story style, phone screen battery, hotel room staff, "
@@ -265,34 +310,172 @@ TASKS = {
 }
 
 
-def write_texts(task, n, rng, response_length=0):
-    """n prompts, each with a demonstration if it may be long enough -> tokens int64 [n, P + R]
+KEYS = {"sft": ("completion",), "pref": ("chosen", "rejected"), "prompts": (), "eval": ()}
+
+
+class Texts:
+    """A task of files, in the tokens of a model of Hugging Face; it offers what `Task` does.
+
+    A prompt is a text, or a list of messages {role, content}, which the model's template writes.
+    """
+
+    gold = None
+
+    def __init__(self, path, args):
+        self.tokenizer, self.judge = pretrained("AutoTokenizer", path), self
+        ends = [self.tokenizer.eos_token_id, pretrained("AutoConfig", path).eos_token_id]
+        with contextlib.suppress(OSError):  # some models have no such file
+            generation = sys.modules["transformers"].GenerationConfig.from_pretrained(path)
+            ends.append(generation.eos_token_id)
+        ends = [x for end in ends for x in (end if isinstance(end, list) else [end])]
+        self.ends = [*dict.fromkeys(x for x in ends if x is not None)]  # [H4] any of them is EOS
+        if not self.ends:
+            fail(f"{path} has no token that ends a text, EOS")
+        self.num_tokens, self.prompt_length, self.stop = len(self.tokenizer), 0, args.stop
+
+    def load(self, args):
+        """Read and check all rows, before anything is learned."""
+        if args.reward_model and args.rm_coef:
+            judge = Texts(args.reward_model, args)
+            theirs, ours = judge.tokenizer.get_vocab().items(), self.tokenizer.get_vocab().items()
+            same = judge.tokenizer.chat_template == self.tokenizer.chat_template
+            self.judge = self if same and theirs >= ours and judge.ends == self.ends else judge
+        paths = (args.sft_data, args.pref_data, args.prompts, args.eval_prompts or args.prompts)
+        self.files, self.hashes, P = {}, {}, args.prompt_length
+        for kind, path in [(kind, path) for kind, path in zip(KEYS, paths, strict=True) if path]:
+            rows, lengths, text = [], [], hashlib.sha256()
+            for where, row in read_rows(path):
+                text.update(json.dumps(row, default=str).encode())
+                try:
+                    rows.append(usable_row(row, kind))
+                    lengths.append(len(self.ids(rows[-1])[0]))
+                    if not lengths[-1]:
+                        raise ValueError("the prompt is empty")
+                except Exception as error:
+                    fail(f"{where}: {type(error).__name__}: {error}")
+            fit = [(length, row) for length, row in zip(lengths, rows, strict=True) if length <= P]
+            if not fit:
+                fail(f"{path} has no row with a prompt of at most {P} tokens, --prompt-length")
+            if len(fit) < len(rows):  # [H3] never cut
+                long = f"{len(rows) - len(fit)} of {len(rows)} prompts are longer than {P} tokens"
+                say(f"{path}: {long}, --prompt-length, and are left out")
+            self.prompt_length = max(self.prompt_length, *(length for length, _ in fit))
+            self.files[kind], self.hashes[path] = [row for _, row in fit], text.hexdigest()
+
+    def rows(self, kind, n, rng):
+        """n rows of a file, none twice as long as there are others; of texts to learn only these"""
+        rows = self.files[kind]
+        n = min(n, len(rows)) if KEYS[kind] else n
+        return [rows[i] for i in rng.choice(len(rows), n, replace=n > len(rows))]
+
+    def ids(self, row):
+        """[H2] A template's own words and BOS belong to the prompt, what it ends with to the end"""
+        prompt, response = row["prompt"], row.get("completion")
+        if isinstance(prompt, str):
+            start = self.tokenizer(prompt).input_ids  # with BOS, if the model wants one ...
+            while start[1:] and start[-1] in self.ends:  # ... and without EOS
+                start = start[:-1]
+        else:
+            write = functools.partial(self.tokenizer.apply_chat_template, tokenize=False)
+            text = write(prompt, add_generation_prompt=True)
+            start = self.tokenizer(text, add_special_tokens=False).input_ids
+            whole = write([*prompt, {"role": "assistant", "content": response or ""}])
+            response = whole.removeprefix(text) if response and whole.startswith(text) else response
+        if response is None:
+            return start, []
+        end = [*self.tokenizer(response, add_special_tokens=False).input_ids, self.ends[0]]
+        return start, end[: next(i for i, token in enumerate(end) if token in self.ends) + 1]
+
+    def text(self, ids):
+        ids = [token for token in ids if token not in self.ends]
+        return self.tokenizer.decode(ids, skip_special_tokens=True)
+
+    def ended(self, responses):
+        """[B, t] -> [B], by EOS or by a text of --stop"""
+        ended = torch.isin(responses, torch.tensor(self.ends, device=responses.device)).any(1)
+        if self.stop:
+            found = [any(x in text for x in self.stop) for text in read_texts(self, responses)]
+            ended |= torch.tensor(found, device=responses.device)
+        return ended
+
+
+def read_rows(path):
+    """.jsonl, .parquet, or a data set of the hub, NAME[:SPLIT] -> where a row stands, the row"""
+    where = path
+    try:
+        if path.endswith((".json", ".jsonl")):
+            for number, line in enumerate(open(path, encoding="utf-8"), 1):
+                where = f"{path}, line {number}"
+                if line.strip():
+                    yield where, json.loads(line)
+            return
+        datasets, (name, _, split) = package("datasets", path), path.partition(":")
+        if path.endswith(".parquet"):
+            rows = datasets.Dataset.from_parquet(path)
+        else:
+            rows = datasets.load_dataset(name, split=split or "train")
+    except Exception as error:
+        fail(f"{where}: {type(error).__name__}: {error}")
+    for number, row in enumerate(rows, 1):
+        yield f"{path}, row {number}", row
+
+
+def usable_row(row, kind):
+    """The row with a prompt, a text or messages, and with texts for the responses to it."""
+    row = {key: value for key, value in row.items() if value is not None}
+    if messages := row.pop("messages", None):
+        last = len(messages) - (messages[-1]["role"] == "assistant")
+        row |= {"prompt": messages[:last], "completion": messages[last:]}
+    if kind == "pref" and "prompt" not in row:  # what both have in common, up to a turn
+        pair = row["chosen"], row["rejected"]
+        same = next(i for i, (a, b) in enumerate(zip(*pair, strict=False)) if a != b)
+        if isinstance(pair[0], str):
+            turn = "\n\nAssistant:"  # as in Anthropic's HH
+            same = pair[0].rindex(turn, 0, same) + len(turn)
+        row |= {"prompt": pair[0][:same], "chosen": pair[0][same:], "rejected": pair[1][same:]}
+    if kind == "sft" and "chosen" in row:
+        row.setdefault("completion", row["chosen"])
+    for key in KEYS[kind]:
+        if isinstance(row[key], list):
+            (message,) = row[key]
+            row[key] = message["content"]
+    texts, prompt = [row[key] for key in KEYS[kind]], row["prompt"]
+    turns = [prompt] if isinstance(prompt, str) else [(x["role"], x["content"]) for x in prompt]
+    texts += chain(*turns)
+    if not all(isinstance(text, str) for text in texts):
+        raise TypeError("what is neither a text nor a message of a role and a content")
+    return row if KEYS[kind] else {k: v for k, v in row.items() if k != "completion"}
+
+
+def write_texts(task, rows, response_length=0):
+    """Prompts and, where they have one and R is not 0, completions -> tokens int64 [n, P + R]
 
     Prompts end, and responses start, at the same column [H1], each with columns of its own [H21].
-    EOS ends a response [H4] [H25]; one that is too long is cut off and has none.
+    EOS ends a response [H4] [H25]; one that is too long is cut off and has none. None: any length.
     """
-    number, P = {word: i for i, word in enumerate(task.words)}, task.prompt_length
-    tokens = torch.full((n, P + response_length), PAD)
-    for row in tokens:
-        prompt = task.write_prompt(rng)
-        numbers = [number[word] for word in prompt.split()]
-        row[P - len(numbers) : P] = torch.tensor(numbers)
-        if response_length:
-            words = [*task.write_response(rng, prompt).split(), "EOS"][:response_length]
-            row[P : P + len(words)] = torch.tensor([number[word] for word in words])
+    texts = [task.ids(row) for row in rows]
+    P = task.prompt_length or max(len(prompt) for prompt, _ in texts)
+    if response_length is None:
+        response_length = max(len(response) for _, response in texts)
+    tokens = torch.full((len(rows), P + response_length), PAD)
+    for line, (prompt, response) in zip(tokens, texts, strict=True):
+        line[P - len(prompt) : P] = torch.tensor(prompt)
+        end = torch.tensor(response[:response_length])
+        line[P : P + len(end)] = end
     return tokens
 
 
 def read_texts(task, tokens):
     """tokens [n, *] -> n texts, without padding and EOS"""
-    rows = [[t for t in row if t not in (PAD, task.eos)] for row in tokens.tolist()]
-    return [" ".join(task.words[t] for t in row) for row in rows]
+    return [task.text([t for t in row if t != PAD]) for row in tokens.tolist()]
 
 
 def gold_rewards(task, tokens, mean=0.0, std=1.0):
     """tokens [n, P + R] -> dict of score, from which mean and std are taken, and its parts, [n]"""
+    if not task.gold:
+        return {}
     prompts, responses = tokens[:, : task.prompt_length], tokens[:, task.prompt_length :]
-    ended = (responses == task.eos).any(1).tolist()
+    ended = task.ended(responses).tolist()
     texts = zip(read_texts(task, prompts), read_texts(task, responses), ended, strict=True)
     rows = [task.gold(*text) for text in texts]
     gold = {name: np.array([float(row[name]) for row in rows]) for name in rows[0]}
@@ -328,8 +511,11 @@ class Block(nn.Module):
 class Transformer(nn.Module):
     """A small GPT, called and answering like the models of Hugging Face."""
 
+    base_model = property(lambda model: model)
+
     def __init__(self, num_tokens, max_length, d_model, num_layers, num_heads):
         super().__init__()
+        self.config = SimpleNamespace(hidden_size=d_model)
         rows = math.ceil(num_tokens / 64) * 64  # some of no use, as in most real models
         self.tokens, self.positions = nn.Embedding(rows, d_model), nn.Embedding(max_length, d_model)
         self.blocks = nn.ModuleList(Block(d_model, num_heads) for _ in range(num_layers))
@@ -341,32 +527,30 @@ class Transformer(nn.Module):
             elif name.endswith("bias"):
                 nn.init.zeros_(parameter)
 
-    def forward(self, input_ids, attention_mask, position_ids, past_key_values=None, **options):
+    def forward(self, input_ids, attention_mask, position_ids, cache=None, use_cache=False):
         """input_ids and position_ids [B, s]: the last s of the S columns of attention_mask [B, S]
 
-        -> logits [B, s, rows], hidden_states: at the end [B, s, d], past_key_values: a cache
+        -> logits [B, s, rows], last_hidden_state [B, s, d], cache: keys and values of each layer
         """
         s, S = input_ids.shape[1], attention_mask.shape[1]
         causal = torch.ones(s, S, dtype=torch.bool, device=input_ids.device).tril(S - s)
         itself = causal.triu(S - s)  # always visible: padding that sees nothing would be NaN
         visible = (attention_mask.bool()[:, None, None] & causal) | itself
-        x, cache = self.tokens(input_ids) + self.positions(position_ids), []
-        for block, past in zip(self.blocks, past_key_values or repeat(None), strict=False):
+        x, new = self.tokens(input_ids) + self.positions(position_ids), []
+        for block, past in zip(self.blocks, cache or repeat(None), strict=False):
             x, keys_values = block(x, visible, past)
-            cache.append(keys_values)
+            new.append(keys_values)
         x = self.norm(x)
-        return SimpleNamespace(logits=self.lm_head(x), hidden_states=(x,), past_key_values=cache)
+        return SimpleNamespace(logits=self.lm_head(x), last_hidden_state=x, cache=new)
 
 
-def read(model, tokens, cache=None, use_cache=False):
-    """Run a model over padded tokens [B, S], or over the last column only if it has a cache."""
+def read(model, tokens, first=0, **options):
+    """Run a model over padded tokens [B, S], from column `first` on if a cache has the others."""
     mask = tokens != PAD
     positions = (mask.cumsum(1) - 1).clamp(min=0)  # [H7] the first token is at 0, wherever it is
     ids = tokens.clamp(min=0)  # [H6] padding becomes any token, and invisible
-    first = 0 if cache is None else tokens.shape[1] - 1
     inputs = dict(input_ids=ids[:, first:], position_ids=positions[:, first:])
-    inputs |= dict(attention_mask=mask.long(), past_key_values=cache)  # [H13] as it came
-    return model(**inputs, use_cache=use_cache, output_hidden_states=True)
+    return model(**inputs, attention_mask=mask.long(), **options)
 
 
 class Policy(nn.Module):
@@ -375,12 +559,16 @@ class Policy(nn.Module):
     def __init__(self, model, num_tokens, temperature):
         super().__init__()
         self.model, self.num_tokens, self.temperature = model, num_tokens, temperature
+        names = inspect.signature(model.forward).parameters  # transformers before 5.24
+        self.cache_name = "past_key_values" if "past_key_values" in names else "cache"
 
     def forward(self, tokens, cache=None, use_cache=False):
         """tokens [B, S] -> logits of the token after each column [B, S, num_tokens], cache"""
-        output = read(self.model, tokens, cache, use_cache)
+        first = 0 if cache is None else tokens.shape[1] - 1
+        options = {"use_cache": use_cache, self.cache_name: cache}
+        output = read(self.model, tokens, first, **options)  # [H13]
         logits = output.logits[..., : self.num_tokens].float()  # [H15] [H19]
-        return logits / self.temperature, output.past_key_values  # [H10]
+        return logits / self.temperature, getattr(output, self.cache_name)  # [H10]
 
     def responses(self, tokens, prompt_length):
         """tokens [B, P + R] -> the distribution each token of a response is drawn from [B, R]"""
@@ -393,15 +581,16 @@ class ScalarModel(nn.Module):
 
     def __init__(self, model):
         super().__init__()
-        self.model, d_model = model, model.lm_head.in_features
-        model.lm_head = nn.Identity()  # no words [H30]
+        d_model, self.model = model.config.hidden_size, copy.deepcopy(model.base_model)
+        self.model.lm_head = nn.Identity()  # no words [H30]
         self.head = nn.Linear(d_model, 1)
         nn.init.normal_(self.head.weight, std=1 / (d_model + 1) ** 0.5)  # [H23] variance 1/(d+1)
         nn.init.zeros_(self.head.bias)
 
     def forward(self, tokens):
         """tokens [B, S] -> [B, S]"""
-        return self.head(read(self.model, tokens).hidden_states[-1]).squeeze(-1).float()
+        hidden = read(self.model, tokens, use_cache=False).last_hidden_state
+        return self.head(hidden).squeeze(-1).float()
 
     @torch.no_grad()
     def normalize(self, scores):
@@ -416,14 +605,28 @@ class Agent(nn.Module):
 
     def __init__(self, task, args):
         super().__init__()
-        max_length = task.prompt_length + args.response_length
-        sizes = (args.d_model, args.num_layers, args.num_heads)
-        model = Transformer(len(task.words), max_length, *sizes)
-        self.prompt_length = task.prompt_length
-        self.policy = Policy(model, len(task.words), args.temperature)
-        self.reference = copy.deepcopy(self.policy).requires_grad_(False)  # [H37]
-        self.reward_model = ScalarModel(copy.deepcopy(model))
-        self.value_model = copy.deepcopy(self.reward_model)  # shares nothing with the policy
+        self.prompt_length, length = task.prompt_length, task.prompt_length + args.response_length
+        if args.model:
+            model = pretrained_model(args.model, task)
+        else:
+            sizes = (args.d_model, args.num_layers, args.num_heads)
+            model = Transformer(task.num_tokens, length, *sizes)
+        longest = getattr(model.config, "max_position_embeddings", length)
+        if length > longest:
+            fail(f"--prompt-length and --response-length: {args.model} reads {longest} tokens")
+        self.policy = Policy(model, task.num_tokens, args.temperature)
+        self.reference, self.reward_model = copy.deepcopy(self.policy), None  # [H37]
+        if args.ref_model:
+            self.reference.model = pretrained_model(args.ref_model, task)
+        self.reference.requires_grad_(False)
+        if args.rm_coef:
+            self.reward_model = scalar_model(args.reward_model, task.judge, model)
+        if args.value_model or args.value_init == "sft" or not args.rm_coef:
+            self.value_model = scalar_model(args.value_model, task, model)
+        elif task.judge is task:
+            self.value_model = copy.deepcopy(self.reward_model)  # shares nothing with the policy
+        else:
+            fail(f"--value-init rm: {args.reward_model} has another tokenizer than {args.model}")
 
     def forward(self, tokens):
         """tokens [M, P + R] -> distribution of response tokens [M, R], values before them [M, R]"""
@@ -431,12 +634,47 @@ class Agent(nn.Module):
         return self.policy.responses(tokens, self.prompt_length), values
 
 
+def pretrained(kind, path, **options):
+    """transformers.{kind}.from_pretrained(path)"""
+    transformers = package("transformers", path)
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        return getattr(transformers, kind).from_pretrained(path, **options)
+    except Exception as error:
+        fail(f"{path}: {type(error).__name__}: {error}")
+
+
+def pretrained_model(path, task, kind="CausalLM"):
+    """In fp32, whatever the file has [H19], and without dropout [H9]."""
+    model = pretrained(f"AutoModelFor{kind}", path, dtype=torch.float32).eval()
+    rows = model.get_input_embeddings().num_embeddings
+    if task.num_tokens > rows:
+        fail(f"{path}: {rows} rows of embeddings are too few for {task.num_tokens} tokens")
+    if not nn.utils.get_total_norm(model.parameters()).isfinite():
+        fail(f"{path}: weights are not finite")
+    return model
+
+
+def scalar_model(path, task, model):
+    """A sequence classifier as it is; of a causal model, or of `model`, the head is new."""
+    if path and "Classification" in "".join(pretrained("AutoConfig", path).architectures or ""):
+        classifier = pretrained_model(path, task, "SequenceClassification")
+        scalar = ScalarModel(classifier)
+        if classifier.score.weight.shape != scalar.head.weight.shape:
+            fail(f"{path} says {classifier.num_labels} numbers of a text, it must be one")
+        scalar.head.weight.data.copy_(classifier.score.weight)
+        offset = getattr(classifier.config, "reward_offset", 0.0)  # its head has no bias
+        nn.init.constant_(scalar.head.bias, offset)
+        return scalar
+    return ScalarModel(pretrained_model(path, task) if path else model)
+
+
 # ------------------------------------------------------------------------------------------------
 # The algorithm
 
 
 @torch.no_grad()
-def generate(policy, prompts, response_length, eos, generator):
+def generate(policy, prompts, response_length, has_ended, generator):
     """Sample responses, until EOS or for R tokens: softmax, nothing else warps it [H11].
 
     prompts [B, P] -> tokens [B, P + R] with padding after EOS, their log-probabilities [B, R]
@@ -452,7 +690,7 @@ def generate(policy, prompts, response_length, eos, generator):
         action = torch.multinomial(step.probs, 1, generator=generator).squeeze(1)
         logprobs[:, t] = step.log_prob(action).masked_fill(ended, 0.0)
         tokens[:, P + t] = action.masked_fill(ended, PAD)  # [H41] cut behind EOS
-        ended |= action == eos
+        ended |= has_ended(tokens[:, P : P + t + 1])
         if ended.all():  # [H12]
             break
     return tokens, logprobs
@@ -634,6 +872,9 @@ def train(args: Args) -> Agent:
     torch.backends.cudnn.deterministic = args.torch_deterministic
     device = torch.device("cuda" if torch.cuda.is_available() and args.cuda else "cpu")
     task = TASKS[args.task]
+    if args.model:
+        task = Texts(args.model, args)
+        task.load(args)
     agent = Agent(task, args).to(device)
     run = Run(args, device, agent)
     functions = {"sft": train_sft, "rm": train_rm, "ppo": train_ppo, "eval": evaluate}
@@ -641,6 +882,8 @@ def train(args: Args) -> Agent:
         if run.begins(stage) and (stage != "rm" or args.rm_coef):
             functions[stage](args, task, agent, run)
             run.finish()
+            if args.model:
+                export(stage, args, task, agent, run)
     run.close()
     return agent
 
@@ -653,9 +896,9 @@ def stream(args, *key):
 
 def sample(args, task, policy, prompts, rng):
     """prompts [n, P] on the CPU -> tokens [n, P + R], log-probabilities [n, R]"""
-    device = policy.model.lm_head.weight.device
+    device = next(policy.parameters()).device
     generator = torch.Generator(device).manual_seed(int(rng.integers(2**62)))
-    return generate(policy, prompts.to(device), args.response_length, task.eos, generator)
+    return generate(policy, prompts.to(device), args.response_length, task.ended, generator)
 
 
 def fit(args, stage, model, loss_function, rows, epochs, batch_size, learning_rate, run):
@@ -682,19 +925,21 @@ def fit(args, stage, model, loss_function, rows, epochs, batch_size, learning_ra
 
 def train_sft(args, task, agent, run):
     """Stage 1: learn to write from demonstrations. What comes out is where all else starts."""
-    rng = stream(args, "sft")
-    tokens = write_texts(task, args.sft_texts, rng, args.response_length).to(run.device)
-    at_one = Policy(agent.policy.model, len(task.words), temperature=1.0)
+    rows = task.rows("sft", args.sft_texts, stream(args, "sft"))
+    tokens = write_texts(task, rows, args.response_length).to(run.device)
+    at_one = Policy(agent.policy.model, task.num_tokens, temperature=1.0)
 
     def loss_function(indices):
         return sft_loss(at_one, tokens[indices], task.prompt_length), {}
 
-    sizes = (args.sft_texts, args.sft_epochs, args.sft_batch_size)
+    sizes = (len(rows), args.sft_epochs, args.sft_batch_size)
     fit(args, "sft", agent.policy, loss_function, *sizes, args.sft_learning_rate, run)
-    agent.reference.load_state_dict(agent.policy.state_dict())
-    if args.task == "reviews":  # from now on, gold in units of what SFT samples differ by
+    if not args.ref_model:
+        agent.reference.load_state_dict(agent.policy.state_dict())
+    if task is TASKS["reviews"]:  # from now on, gold in units of what SFT samples differ by
         rng = stream(args, "gold")
-        samples, _ = sample(args, task, agent.reference, write_texts(task, 2048, rng), rng)
+        prompts = write_texts(task, task.rows("gold", 2048, rng))
+        samples, _ = sample(args, task, agent.reference, prompts, rng)
         scores = gold_rewards(task, samples)["score"]
         run.numbers["gold_units"] = [float(scores.mean()), float(scores.std())]
 
@@ -702,12 +947,17 @@ def train_sft(args, task, agent, run):
 def preference_pairs(args, task, agent, run):
     """Two samples of the SFT policy for each prompt, and which of the two is preferred: noisily,
     by Bradley and Terry, one that is better by one standard deviation of gold in 73 % of cases.
+    Those of files are as they are, and say nothing of gold.
 
     -> chosen and rejected, tokens [n, P + R] each, and how much better the chosen is by gold [n]
     """
     rng = stream(args, "pairs")
     n = args.rm_pairs + args.rm_test_pairs
-    prompts = write_texts(task, n, rng)
+    rows = task.rows("pref", n, rng)
+    if not task.gold:
+        texts = [row | {"completion": row[key]} for key in KEYS["pref"] for row in rows]
+        return *write_texts(task.judge, texts, None).to(run.device).chunk(2), np.ones(n)
+    prompts = write_texts(task, rows)
     pairs = torch.stack([sample(args, task, agent.reference, prompts, rng)[0] for _ in range(2)])
     gold = [gold_rewards(task, tokens, *run.numbers["gold_units"])["score"] for tokens in pairs]
     margin = gold[0] - gold[1]
@@ -720,29 +970,32 @@ def train_rm(args, task, agent, run):
     """Stage 2: learn what is preferred, from the pairs alone."""
     model = agent.reward_model
     chosen, rejected, gold_margin = preference_pairs(args, task, agent, run)
-    if run.step == 0:
-        fresh = ScalarModel(copy.deepcopy(agent.reference.model))  # [H30] the SFT policy, new head
+    if run.step == 0 and not args.reward_model:
+        fresh = ScalarModel(agent.reference.model)  # [H30] the SFT policy, new head
         model.load_state_dict(fresh.state_dict())
 
     def loss_function(indices):
         loss, margins = rm_loss(model, chosen[indices], rejected[indices])
         return loss, {"train_accuracy": (margins > 0).float().mean().item()}
 
-    sizes = (args.rm_pairs, args.rm_epochs, args.rm_batch_size)
+    unseen = min(args.rm_test_pairs, len(chosen) // 2)
+    sizes = (len(chosen) - unseen, args.rm_epochs, args.rm_batch_size)
     fit(args, "rm", model, loss_function, *sizes, args.rm_learning_rate, run)
     with torch.no_grad():
-        unseen = torch.cat([chosen[args.rm_pairs :], rejected[args.rm_pairs :]])
-        scores = reward_scores(model, unseen)
+        last = torch.cat([x[-unseen:] for x in (chosen, rejected)])  # all of them, if there is one
+        parts = last.split(args.micro_batch_size)
+        scores = torch.cat([reward_scores(model, part) for part in parts])
     model.normalize(scores)  # [H28] samples of the SFT policy, all of them
-    margin, gold_margin = torch.sub(*scores.chunk(2)).cpu().numpy(), gold_margin[args.rm_pairs :]
+    margin = torch.sub(*scores.chunk(2)).cpu().numpy()
+    gold_margin = gold_margin[-unseen:]
     right, differ = np.heaviside(margin, 0.5), gold_margin != 0  # a tie counts half
-    results = {  # [H31] of the labels, of the gold reward itself, and without the labels' noise
-        "rm/accuracy": right.mean(),
-        "rm/ceiling": (1 / (1 + np.exp(-np.abs(gold_margin) / args.rm_label_temperature))).mean(),
-        "rm/accuracy_gold": np.where(gold_margin > 0, right, 1 - right)[differ].mean(),
-    }
+    results = {"rm/accuracy": right.mean()}  # [H31] of the labels, ...
+    if task.gold:  # ... of the gold reward itself, and without the labels' noise
+        ceiling = 1 / (1 + np.exp(-np.abs(gold_margin) / args.rm_label_temperature))
+        accuracy = np.where(gold_margin > 0, right, 1 - right)[differ].mean()
+        results |= {"rm/ceiling": ceiling.mean(), "rm/accuracy_gold": accuracy}
     run.numbers |= {name: float(value) for name, value in results.items()}
-    run.log(args.rm_epochs * args.rm_pairs, results)
+    run.log(args.rm_epochs * sizes[0], results)
     at_chance = results["rm/accuracy"] < 0.5 + 1 / len(right) ** 0.5  # two standard errors
     run.warn({"the reward model is no better than chance; more --rm-pairs?": at_chance})
 
@@ -750,29 +1003,41 @@ def train_rm(args, task, agent, run):
 def score_function(args, task, agent, run):
     """What PPO maximizes: the reward model and the functions of --reward-fn, added up."""
     functions = [load_reward_function(text) for text in args.reward_fn]
-    verifiable = args.task == "sort" and not functions and not args.rm_coef
+    verifiable = task.gold and not functions and not args.rm_coef
 
     @torch.no_grad()
-    def score(tokens):
-        """tokens [B, P + R] -> [B]"""
+    def score(rows, tokens):
+        """tokens [B, P + R], the first columns written from the rows -> [B]"""
         scores = torch.zeros(len(tokens), device=tokens.device)
+        texts = read_texts(task, tokens[:, task.prompt_length :])
         if args.rm_coef:
-            model, parts = agent.reward_model, tokens.split(args.micro_batch_size)
-            scores += args.rm_coef * torch.cat([reward_scores(model, x) for x in parts])
+            if task.judge is not task:  # [H32] another tokenizer: the texts, in its words
+                answered = [row | {"completion": x} for row, x in zip(rows, texts, strict=True)]
+                judged = write_texts(task.judge, answered, None).to(tokens.device)
+            parts = (tokens if task.judge is task else judged).split(args.micro_batch_size)
+            parts = [reward_scores(agent.reward_model, part) for part in parts]
+            scores += args.rm_coef * torch.cat(parts)
         if verifiable:
             scores += torch.as_tensor(gold_rewards(task, tokens)["score"]).to(scores)
-        prompts = read_texts(task, tokens[:, : task.prompt_length])
-        completions = read_texts(task, tokens[:, task.prompt_length :])
+        columns = {key: [row.get(key) for row in rows] for key in {*chain(*rows)}}
+        columns["completions"] = [
+            text if isinstance(row["prompt"], str) else [{"role": "assistant", "content": text}]
+            for row, text in zip(rows, texts, strict=True)
+        ]
+        columns["prompts"] = [row["prompt"] for row in rows]
         for name, function, weight in functions:
+            wanted = inspect.signature(function).parameters
+            whole = any(x.kind == x.VAR_KEYWORD for x in wanted.values())
             try:
-                values = [float(x) for x in function(prompts=prompts, completions=completions)]
+                values = function(**{k: v for k, v in columns.items() if whole or k in wanted})
+                values = [0.0 if x is None else float(x) for x in values]  # None: no opinion
             except Exception as error:
                 run.stop(f"{name} raised {type(error).__name__}: {error}")
             if len(values) != len(tokens):
                 run.stop(f"{name} returned {len(values)} rewards for {len(tokens)} completions")
             if not np.isfinite(values).all():
                 i = np.isfinite(values).argmin()
-                run.stop(f"{name} returned {values[i]} for {completions[i]!r}")
+                run.stop(f"{name} returned {values[i]} for {texts[i]!r}")
             scores += weight * torch.tensor(values).to(scores)
         return scores
 
@@ -784,15 +1049,17 @@ def train_ppo(args, task, agent, run):
     # setup
     policy, reference, value_model = agent.policy, agent.reference, agent.value_model
     score = score_function(args, task, agent, run)
-    agent.reward_model.requires_grad_(False)  # [H30]
+    if args.rm_coef:
+        agent.reward_model.requires_grad_(False)  # [H30]
     if run.step == 0:
         run.numbers |= {"kl_coef": args.kl_coef, "score_sums": [0, 0.0, 0.0], "negative_kl": 0}
-        policy.load_state_dict(reference.state_dict())
-        value_model.load_state_dict(agent.reward_model.state_dict())  # [H34] [H36] normalized, too
-        if args.value_init == "sft" or not args.rm_coef:
-            fresh = ScalarModel(copy.deepcopy(reference.model)).requires_grad_(False)
-            fresh.head.weight.zero_()  # [H35]
-            value_model.load_state_dict(fresh.state_dict())
+        if not args.ref_model:
+            policy.load_state_dict(reference.state_dict())
+        if not args.value_model and args.value_init == "rm" and args.rm_coef:
+            value_model.load_state_dict(agent.reward_model.state_dict())  # [H34] [H36]
+        elif not args.value_model:
+            value_model.load_state_dict(ScalarModel(reference.model).state_dict())
+            nn.init.zeros_(value_model.head.weight)  # [H35]
     value_lr = args.learning_rate if args.value_learning_rate is None else args.value_learning_rate
     clip_coef_high = args.clip_coef if args.clip_coef_high is None else args.clip_coef_high
     groups = [{"params": x.parameters()} for x in (policy, value_model)]  # [H38]
@@ -809,9 +1076,10 @@ def train_ppo(args, task, agent, run):
         global_step, rng, times = iteration * B, stream(args, "ppo", iteration), [time.time()]
 
         # rollout: a response to each of B prompts
-        tokens, sampled_logprobs = sample(args, task, policy, write_texts(task, B, rng), rng)
+        rows = task.rows("prompts", B, rng)
+        tokens, sampled_logprobs = sample(args, task, policy, write_texts(task, rows), rng)
         mask = tokens[:, P:] != PAD  # [H42]
-        has_eos = (tokens[:, P:] == task.eos).any(1)
+        has_eos = task.ended(tokens[:, P:])
         times.append(time.time())
 
         # log-probabilities and values under the policy that acted, which is still the current one
@@ -822,7 +1090,7 @@ def train_ppo(args, task, agent, run):
             values = torch.cat([value_model(x[:, :-1]) for x in parts])[:, P - 1 :] * mask
 
         # rewards: the score at the end, the KL penalty all the way
-        scores = final_scores = score(tokens)
+        scores = final_scores = score(rows, tokens)
         score_sums = [*run.numbers["score_sums"]]
         if args.reward_clip is not None:  # [H48]
             mean, std = running_moments(score_sums, scores)
@@ -852,8 +1120,8 @@ def train_ppo(args, task, agent, run):
             order = torch.as_tensor(rng.permutation(B))  # [H58]
             for indices in order.split(args.minibatch_size):  # [H56]
                 if args.ptx_coef and iteration > args.critic_warmup:
-                    ptx_tokens = write_texts(task, ptx_size, rng, args.response_length)
-                    ptx_tokens = ptx_tokens.to(run.device)
+                    texts = task.rows("sft", ptx_size, rng)
+                    ptx_tokens = write_texts(task, texts, args.response_length).to(run.device)
                 optimizer.zero_grad()
                 stats.append(ppo_gradient(agent, batch, indices, ptx_tokens, *coefficients))
                 optimizer.step()
@@ -890,7 +1158,8 @@ def train_ppo(args, task, agent, run):
             **dict(zip(("time/gen", "time/score", "time/train"), np.diff(times), strict=True)),
         }
         run.log_iteration(iteration, global_step, means)
-        run.log_samples(iteration, global_step, task, tokens, scores, gold["score"], response_kl)
+        worth = {"score": scores, "kl": response_kl} | ({"gold": gold["score"]} if gold else {})
+        run.log_samples(iteration, global_step, task, rows, tokens, **worth)
         run.numbers["negative_kl"] = run.numbers["negative_kl"] + 1 if kl_mean < -1e-4 else 0
         if iteration == 1:
             run.numbers["first_entropy"] = means["ppo/policy/entropy"]
@@ -931,6 +1200,15 @@ def say(*words):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
+def package(name: str, reason: str):
+    """A package that only some flags need."""
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        how = f"pip install {name}, or uv run --with {name} ppo_rlhf.py"
+        fail(f"{reason} needs the package {name}: {how} ({error})")
+
+
 def parse_args(argv: list[str]) -> Args:
     """Args from the command line; W&B sweeps write a boolean as --flag=True or --flag=False.
 
@@ -942,6 +1220,11 @@ def parse_args(argv: list[str]) -> Args:
     argv = [re.sub(rf"^--({names})=[Ff]alse$", r"--no-\1", arg) for arg in argv]
     args = tyro.cli(Args, args=argv, description=__doc__.splitlines()[0])
     default = SORT if args.task == "sort" else {}
+    if args.model:
+        data = (args.sft_data, args.pref_data, args.prompts, args.prompts)
+        stages = [stage for stage, path in zip(STAGES, data, strict=True) if path]
+        default = REAL | {"stages": ",".join(stages) or args.stages}
+        default |= {"rm_coef": float(bool(args.pref_data or args.reward_model))}
     if path := args.resume or args.load:
         data = load_checkpoint(path)
         default = data["args"] | {"resume": None, "load": None}
@@ -954,8 +1237,6 @@ def parse_args(argv: list[str]) -> Args:
 
 def check_args(args: Args):
     """Refuse what cannot work, before any training starts and before W&B is contacted."""
-    import importlib.util
-
     for name, kind in get_type_hints(Args, include_extras=True).items():
         value = getattr(args, name)
         for part in (kind, *get_args(kind)):  # X, or each of X | None
@@ -978,17 +1259,26 @@ def check_args(args: Args):
     data = load_checkpoint(path) if path else {"stage": 0, "numbers": {}}
     if args.load and stages[0] == "sft":
         fail("--load brings what sft learns; leave sft out of --stages, or --load")
-    learned = {"sft": data["stage"] > 0, "rm": "rm/accuracy" in data["numbers"] or not args.rm_coef}
+    learned = {"sft": data["stage"] > 0 or args.model}
+    learned["rm"] = "rm/accuracy" in data["numbers"] or not args.rm_coef or args.reward_model
+    data_of = {"sft": "sft_data", "rm": "pref_data", "ppo": "prompts", "eval": "prompts"}
+    for stage, name in data_of.items():
+        flag, given = f"--{name.replace('_', '-')}", getattr(args, name)
+        if given and not args.model:
+            fail(f"{flag} needs a --model that reads it")
+        if args.model and stage in stages and not given:
+            fail(f"--stages {stage} of a --model needs {flag}")
     for stage in STAGES[: min(2, STAGES.index(stages[-1]))]:  # sft and rm, before what is later
         ahead = stage in stages and (not args.resume or STAGES.index(stage) >= data["stage"])
         if not learned[stage] and not ahead:
             fail(f"--stages {args.stages} needs what {stage} learns; --load a checkpoint with it")
-    if args.task == "reviews" and not args.rm_coef and not args.reward_fn:
-        fail("--rm-coef 0 leaves no reward; add --reward-fn file.py:function")
+    rewarded = args.rm_coef or args.reward_fn or (args.task == "sort" and not args.model)
+    if not rewarded and stages != ["sft"]:
+        fail("no reward: --rm-coef above 0 and a reward model, or --reward-fn file.py:function")
     for text in args.reward_fn:
         load_reward_function(text)
-    if args.track and not importlib.util.find_spec("wandb"):
-        fail("--track needs the package wandb: pip install wandb")
+    if args.track:
+        package("wandb", "--track")
 
 
 def load_reward_function(text: str):
@@ -1011,15 +1301,30 @@ def load_checkpoint(path: str) -> dict:
     """What save_checkpoint wrote; any other file is refused. `path` may be the run's folder."""
     path = Path(path) / "checkpoint.pt" if Path(path).is_dir() else Path(path)
     try:
-        data = torch.load(path, map_location="cpu", weights_only=True)
+        data = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         Args(**data["args"]), data["stage"]
-        return data
+        return data | {"folder": path.parent}
     except Exception as error:
         fail(f"{path} is no checkpoint of ppo_rlhf.py: {type(error).__name__}: {error}")
 
 
+def digest(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+FILES = ("metrics.csv", "samples.jsonl")
+SAVED = (  # for each stage, the models that learn, and those that others have learned before
+    (("policy",), ()),
+    (("reward_model",), ("reference",)),
+    (("policy", "value_model"), ("reference", "reward_model")),
+    (("policy",), ("reference", "reward_model")),
+)
+
+
 class Run:
-    """What a run leaves behind: config.json, metrics.csv, checkpoint.pt, a copy of this script.
+    """What a run leaves behind: config.json, metrics.csv, samples.jsonl, a copy of this script,
+    checkpoint.pt and, beside it, the models that learn no more.
 
     global_step is what a stage has seen: demonstrations (sft/*), pairs (rm/*), episodes (others).
     """
@@ -1030,33 +1335,31 @@ class Run:
         self.numbers, self.data, path = {"gold_units": [0.0, 1.0]}, {}, args.resume or args.load
         derived = {name: getattr(args, name) for name in ("minibatch_size", "num_iterations")}
         config = dataclasses.asdict(args) | derived
+        self.frozen, self.last = {}, {}  # hashes of models that are written; metrics
         if path:
             data = load_checkpoint(path)
             self.numbers = data["numbers"]
-            try:
-                agent.load_state_dict(data["agent"])
-            except RuntimeError as error:
-                fail(f"{path} does not fit these settings: {error}")
+            self.restore(data)
         if args.resume:
             self.data, self.stage, self.step = data, data["stage"], data["step"]  # [H69]
-            resumed = Path(args.resume)
-            self.folder = resumed if resumed.is_dir() else resumed.parent
+            self.folder, self.frozen = data["folder"], data["frozen"]
             try:
-                self.metrics = open(self.folder / "metrics.csv", "r+")
+                self.files = [open(self.folder / name, "r+") for name in FILES]
             except OSError as error:
-                fail(f"--resume needs metrics.csv beside the checkpoint: {error}")
-            self.metrics.truncate(data["metrics_bytes"])  # nothing stands twice
-            self.metrics.seek(0, os.SEEK_END)
+                fail(f"--resume needs {' and '.join(FILES)} beside the checkpoint: {error}")
+            for file, size in zip(self.files, data["bytes"], strict=True):
+                file.truncate(size)  # nothing stands twice
+                file.seek(0, os.SEEK_END)
         else:
             try:
                 self.folder = self.new_folder()
                 text = json.dumps(config | origin(device), indent=2)
                 (self.folder / "config.json").write_text(text + "\n")
                 shutil.copy(__file__, self.folder)
-                self.metrics = open(self.folder / "metrics.csv", "w")
+                self.files = [open(self.folder / name, "w") for name in FILES]
             except OSError as error:
                 fail(f"a run needs a folder to write to: {error}")
-            self.metrics.write("global_step,time,name,value\n")
+            self.files[0].write("global_step,time,name,value\n")
         self.wandb = None
         if args.track:
             import wandb
@@ -1075,11 +1378,26 @@ class Run:
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self.on_signal)
 
+    def restore(self, data: dict):
+        """The models of a checkpoint, and those beside it; not the value model of another run."""
+        try:
+            models = {} | data["models"]
+            for name, expected in data["frozen"].items():
+                path = data["folder"] / f"{name}.pt"
+                if digest(path) != expected:
+                    fail(f"{path} is not the file that belongs to the checkpoint")
+                models[name] = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            for name in models.keys() - ({"value_model"} if self.args.load else {}):
+                getattr(self.agent, name).load_state_dict(models[name])
+        except (AttributeError, OSError, RuntimeError) as error:
+            fail(f"{data['folder']} does not fit these settings: {error}")
+
     def new_folder(self) -> Path:
         """runs/{run name}, never one that exists: a millisecond later the name is another."""
         while True:
             args, now = self.args, time.time_ns() // 10**6
-            folder = Path("runs") / f"{args.task}__{args.exp_name}__{args.seed}__{now}"
+            name = Path(args.model).name if args.model else args.task
+            folder = Path("runs") / f"{name}__{args.exp_name}__{args.seed}__{now}"
             try:
                 folder.mkdir(parents=True)
                 return folder
@@ -1128,8 +1446,9 @@ class Run:
     def log(self, global_step: int, metrics: dict[str, float]):
         """One row for each metric in metrics.csv, one row for all of them in W&B."""
         seconds = time.time() - self.start_time
+        self.last |= metrics
         for name, value in metrics.items():
-            self.metrics.write(f"{global_step},{seconds:.3f},{name},{value:.9g}\n")
+            self.files[0].write(f"{global_step},{seconds:.3f},{name},{value:.9g}\n")
         if self.wandb:
             self.wandb.log({"global_step": global_step} | metrics)
 
@@ -1138,20 +1457,26 @@ class Run:
         self.log(global_step, metrics)
         if iteration % 10 == 1 or iteration == self.args.num_iterations:
             shown = {"proxy": "objective/scores", "gold": "gold/score", "KL": "objective/kl"}
-            line = "".join(f"  {name} {metrics[key]:6.2f}" for name, key in shown.items())
+            shown = {name: metrics[key] for name, key in shown.items() if key in metrics}
+            line = "".join(f"  {name} {value:6.2f}" for name, value in shown.items())
             say(f"ppo: {global_step:6,} episodes{line}")
 
-    def log_samples(self, iteration, global_step, task, tokens, *numbers):
-        """[H67] Every ten iterations, a table in W&B of texts and what they were worth."""
-        if self.wandb and iteration % 10 == 1:
-            import wandb
-
-            parts = tokens.split([task.prompt_length, self.args.response_length], dim=1)
-            texts, lengths = [read_texts(task, x) for x in parts], (parts[1] != PAD).sum(1)
-            rows = zip(*texts, *(x.tolist() for x in (*numbers, lengths)), strict=True)
-            columns = ["prompt", "response", "score", "gold", "kl", "length"]
-            table = wandb.Table(columns, [list(row) for row in rows][:16])
-            self.wandb.log({"global_step": global_step, "samples": table})
+    def log_samples(self, iteration, global_step, task, rows, tokens, **numbers):
+        """[H67] Every ten iterations, 16 texts and what they were worth; in W&B a table of them."""
+        if iteration % 10 == 1:
+            responses = read_texts(task, tokens[:16, task.prompt_length :])
+            numbers["length"] = (tokens[:, task.prompt_length :] != PAD).sum(1)
+            numbers = {name: x[:16].tolist() for name, x in numbers.items()}
+            columns = {"prompt": [row["prompt"] for row in rows[:16]], "response": responses}
+            columns |= numbers
+            samples = list(zip(*columns.values(), strict=True))
+            for sample in samples:
+                row = {"global_step": global_step, **dict(zip(columns, sample, strict=True))}
+                self.files[1].write(json.dumps(row) + "\n")
+            if self.wandb:
+                texts = [[x if isinstance(x, float) else str(x) for x in row] for row in samples]
+                table = sys.modules["wandb"].Table([*columns], texts)
+                self.wandb.log({"global_step": global_step, "samples": table})
 
     def check_finite(self, global_step: int, last_step_good=True, **data):
         """Stop before anything that is not finite is learned from, sampled with or saved."""
@@ -1167,28 +1492,42 @@ class Run:
         fail(f"{message}; last good checkpoint: {self.checkpoint or 'none yet'}")
 
     def save_checkpoint(self):
-        """Atomic: whatever happens meanwhile, a complete checkpoint is there under its name."""
-        self.metrics.flush()
+        """What learns, and once, in files of their own, the models that learn no more."""
+        for file in self.files:
+            file.flush()
+        learn, rest = SAVED[min(self.stage, 3)]
+        models = {name: getattr(self.agent, name) for name in (*learn, *rest)}
+        models = {name: model.state_dict() for name, model in models.items() if model}
+        for name in models.keys() & rest - self.frozen.keys():
+            self.write(f"{name}.pt", models[name])
+            self.frozen[name] = digest(self.folder / f"{name}.pt")
         data = {"args": dataclasses.asdict(self.args), "stage": self.stage, "step": self.step}
-        data |= {"agent": self.agent.state_dict(), "numbers": self.numbers}
-        data |= {"metrics_bytes": self.metrics.tell(), "seconds": time.time() - self.start_time}
+        data |= {"models": {name: models[name] for name in learn}, "numbers": self.numbers}
+        data |= {"frozen": self.frozen, "bytes": [file.tell() for file in self.files]}
+        data |= {"seconds": time.time() - self.start_time}
         data |= {"wandb_id": self.wandb.id} if self.wandb else {}
         data |= {"optimizer": self.optimizer.state_dict()} if self.optimizer else {}
-        with open(self.folder / "checkpoint.tmp", "wb") as file:
-            buffer = io.BytesIO()  # torch would not report a full disk as an OSError
-            torch.save(data, buffer)
-            file.write(buffer.getbuffer())
+        self.checkpoint = self.write("checkpoint.pt", data)
+
+    def write(self, name: str, data: dict) -> Path:
+        """Atomic: whatever happens meanwhile, a complete file is there under its name."""
+        with open(self.folder / f"{name}.tmp", "wb") as file:
+            try:
+                torch.save(data, file)
+            except RuntimeError as error:  # how torch reports a full disk
+                raise OSError(error) from None
             file.flush()
             os.fsync(file.fileno())
-        os.replace(file.name, self.folder / "checkpoint.pt")
-        self.checkpoint = self.folder / "checkpoint.pt"
+        os.replace(file.name, self.folder / name)
+        return self.folder / name
 
     def close(self):
         """The end of the run; a checkpoint first if there was a signal, which is the exit code."""
         if self.signal:
             self.save_checkpoint()
         self.bar.close()
-        self.metrics.close()
+        for file in self.files:
+            file.close()
         code = 128 + self.signal if self.signal else 0
         if self.wandb:
             self.wandb.finish(exit_code=code)
@@ -1203,29 +1542,31 @@ def evaluate(args, task, agent, run):
     """A table: the SFT policy, the best of n of its samples by the score, PPO; some texts."""
     rng, P = stream(args, "evaluation"), task.prompt_length
     score = score_function(args, task, agent, run)
-    prompts = write_texts(task, args.eval_episodes, rng)
+    rows = task.rows("eval", args.eval_episodes, rng)
+    prompts = write_texts(task, rows)
     pool = torch.stack([sample(args, task, agent.reference, prompts, rng)[0] for _ in range(16)])
-    scores = torch.stack([score(tokens) for tokens in pool])
+    scores = torch.stack([score(rows, tokens) for tokens in pool])
     columns = {"SFT": (pool[0], 0.0)}
     for n in (4, 16):
-        best, rows = scores[:n].argmax(0), torch.arange(len(prompts))
-        columns[f"best of {n}"] = (pool[best, rows], math.log(n) - (n - 1) / n)  # its exact KL
+        best = pool[scores[:n].argmax(0), torch.arange(len(prompts))]
+        columns[f"best of {n}"] = (best, math.log(n) - (n - 1) / n)  # its exact KL
     tokens, _ = sample(args, task, agent.policy, prompts, rng)
     with torch.no_grad():
         logprobs = [response_logprobs(x, tokens, P) for x in (agent.policy, agent.reference)]
     columns["PPO"] = (tokens, (logprobs[0] - logprobs[1]).sum(1).mean().item())
 
-    table, texts = {}, {}
-    sft_gold = gold_rewards(task, pool[0], *run.numbers["gold_units"])["score"]
+    table, texts, before = {}, {}, None
     for name, (tokens, kl) in columns.items():
         gold = gold_rewards(task, tokens, *run.numbers["gold_units"])
-        proxy, responses = score(tokens).cpu().numpy(), tokens[:, P:]
-        texts[name] = list(zip(proxy, gold["score"], read_texts(task, responses), strict=True))
+        proxy, responses = score(rows, tokens).cpu().numpy(), tokens[:, P:]
+        wanted = gold.get("score", proxy)  # as far as one can know
+        before = wanted if name == "SFT" else before
+        texts[name] = list(zip(proxy, wanted, read_texts(task, responses), strict=True))
         table[name] = {"proxy": proxy.mean(), "kl": kl}
         table[name] |= {f"gold/{part}": value.mean() for part, value in gold.items()}
         table[name]["length"] = (responses != PAD).sum(1).float().mean().item()
-        table[name]["missing_eos"] = 1 - (responses == task.eos).any(1).float().mean().item()
-        table[name]["wins_against_sft"] = np.heaviside(gold["score"] - sft_gold, 0.5).mean()
+        table[name]["missing_eos"] = 1 - task.ended(responses).float().mean().item()
+        table[name]["wins_against_sft"] = np.heaviside(wanted - before, 0.5).mean()
     say(f"\n{f'{len(prompts)} prompts':18}", *(f"{name:>11}" for name in table))
     for row in table["SFT"]:
         say(f"{row:18}", *(f"{column[row]:11.3f}" for column in table.values()))
@@ -1237,6 +1578,38 @@ def evaluate(args, task, agent, run):
     cells = [(name, row) for name in table for row in table[name]]
     results = {f"eval/{n.lower().replace(' ', '_')}/{r}": float(table[n][r]) for n, r in cells}
     run.log(args.num_iterations * args.batch_size, results)
+
+
+def export(stage, args, task, agent, run):
+    """What a stage has learned, as Hugging Face's from_pretrained takes it, and its tokenizer."""
+    transformers, part = sys.modules["transformers"], "reward_model" if stage == "rm" else "policy"
+    model, tokenizer = agent.policy.model, task.tokenizer
+    if stage == "eval":
+        return
+    if stage == "rm":
+        scalar, tokenizer = agent.reward_model, copy.deepcopy(task.judge.tokenizer)
+        if tokenizer.pad_token_id in (None, *task.judge.ends):  # else EOS would not be read [H8]
+            tokenizer.add_special_tokens({"pad_token": "<|padding|>"})
+        config = copy.deepcopy(scalar.model.config)
+        if type(config) not in transformers.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
+            return say(f"a {config.model_type} has no sequence classifier; reward_model.pt has all")
+        config.num_labels, config.pad_token_id = 1, None
+        config.reward_offset = scalar.head.bias.item()  # its head has no bias
+        model = transformers.AutoModelForSequenceClassification.from_config(config)
+        model.base_model.load_state_dict(scalar.model.state_dict())
+        model.score.weight.data.copy_(scalar.head.weight)
+        if len(tokenizer) > model.get_input_embeddings().num_embeddings:
+            model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+        model.config.pad_token_id = tokenizer.pad_token_id
+    model.save_pretrained(run.folder / part)
+    tokenizer.save_pretrained(run.folder / part)
+    card = f"---\nlibrary_name: transformers\nbase_model: {args.model}\ntags: [ppo, rlhf]\n---\n"
+    card += f"# {part} of {run.folder.name}\n\nMade by ppo_rlhf.py, stage {stage}.\n"
+    parts = {"Settings": dataclasses.asdict(args), "Data, SHA-256 of the rows": task.hashes}
+    parts |= {"Last values of the metrics": run.last}
+    for title, values in parts.items():
+        card += f"\n## {title}\n\n" + "".join(f"- {k}: {v}\n" for k, v in values.items())
+    (run.folder / part / "README.md").write_text(card)
 
 
 def origin(device: torch.device) -> dict:
