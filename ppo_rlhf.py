@@ -19,8 +19,6 @@ Notation, used without exception below
     values[t] = V(s_t)    s_t: the prompt and t tokens; dones[t] = 1 from the last token on
     KL                    to the SFT policy, in nats for a whole response
 
-Left out on purpose: several GPUs, sampling engines, LoRA.
-
 References
     [PPO]   Schulman et al. 2017, Proximal Policy Optimization Algorithms, arXiv:1707.06347
     [GAE]   Schulman et al. 2016, High-Dimensional Continuous Control Using GAE, arXiv:1506.02438
@@ -39,12 +37,12 @@ References
 # dependencies = ["numpy==2.4.6", "torch==2.13.0", "tqdm==4.70.1", "tyro==1.0.17", "wandb==0.31.0"]
 # ///
 
+import asyncio
 import contextlib
 import copy
 import dataclasses
 import functools
 import hashlib
-import importlib
 import inspect
 import json
 import math
@@ -59,7 +57,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from itertools import chain, pairwise, repeat
+from itertools import chain, count, pairwise, repeat
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Annotated, Literal, NamedTuple, get_args, get_type_hints
@@ -329,9 +327,9 @@ class Texts:
             ends.append(generation.eos_token_id)
         ends = [x for end in ends for x in (end if isinstance(end, list) else [end])]
         self.ends = [*dict.fromkeys(x for x in ends if x is not None)]  # [H4] any of them is EOS
-        if not self.ends:
-            fail(f"{path} has no token that ends a text, EOS")
         self.num_tokens, self.prompt_length, self.stop = len(self.tokenizer), 0, args.stop
+        if not self.ends or not self.text(self.tokenizer("a word").input_ids):
+            fail(f"{path} has no tokenizer, or none with a token that ends a text, EOS")
 
     def load(self, args):
         """Read and check all rows, before anything is learned."""
@@ -339,28 +337,28 @@ class Texts:
             judge = Texts(args.reward_model, args)
             theirs, ours = judge.tokenizer.get_vocab().items(), self.tokenizer.get_vocab().items()
             same = judge.tokenizer.chat_template == self.tokenizer.chat_template
-            self.judge = self if same and theirs >= ours and judge.ends == self.ends else judge
+            self.judge = self if same and theirs >= ours else judge
         paths = (args.sft_data, args.pref_data, args.prompts, args.eval_prompts or args.prompts)
         self.files, self.hashes, P = {}, {}, args.prompt_length
         for kind, path in [(kind, path) for kind, path in zip(KEYS, paths, strict=True) if path]:
-            rows, lengths, text = [], [], hashlib.sha256()
-            for where, row in read_rows(path):
-                text.update(json.dumps(row, default=str).encode())
+            rows, content = [], hashlib.sha256()
+            for number, line in enumerate(read_rows(path), 1):
                 try:
-                    rows.append(usable_row(row, kind))
-                    lengths.append(len(self.ids(rows[-1])[0]))
-                    if not lengths[-1]:
+                    row = usable_row(json.loads(line) if isinstance(line, bytes) else line, kind)
+                    rows.append((len(self.ids(row)[0]), row))
+                    if not rows[-1][0]:
                         raise ValueError("the prompt is empty")
                 except Exception as error:
-                    fail(f"{where}: {type(error).__name__}: {error}")
-            fit = [(length, row) for length, row in zip(lengths, rows, strict=True) if length <= P]
+                    fail(f"{path}, line {number}: {type(error).__name__}: {error}")
+                content.update(json.dumps(row, default=str).encode())
+            fit = [(length, row) for length, row in rows if length <= P]
             if not fit:
                 fail(f"{path} has no row with a prompt of at most {P} tokens, --prompt-length")
             if len(fit) < len(rows):  # [H3] never cut
                 long = f"{len(rows) - len(fit)} of {len(rows)} prompts are longer than {P} tokens"
                 say(f"{path}: {long}, --prompt-length, and are left out")
             self.prompt_length = max(self.prompt_length, *(length for length, _ in fit))
-            self.files[kind], self.hashes[path] = [row for _, row in fit], text.hexdigest()
+            self.files[kind], self.hashes[path] = [row for _, row in fit], content.hexdigest()
 
     def rows(self, kind, n, rng):
         """n rows of a file, none twice as long as there are others; of texts to learn only these"""
@@ -400,24 +398,16 @@ class Texts:
 
 
 def read_rows(path):
-    """.jsonl, .parquet, or a data set of the hub, NAME[:SPLIT] -> where a row stands, the row"""
-    where = path
+    """Lines of .jsonl, rows of .parquet or of a data set of the hub, NAME[:SPLIT]"""
     try:
         if path.endswith((".json", ".jsonl")):
-            for number, line in enumerate(open(path, encoding="utf-8"), 1):
-                where = f"{path}, line {number}"
-                if line.strip():
-                    yield where, json.loads(line)
-            return
-        datasets, (name, _, split) = package("datasets", path), path.partition(":")
-        if path.endswith(".parquet"):
-            rows = datasets.Dataset.from_parquet(path)
-        else:
-            rows = datasets.load_dataset(name, split=split or "train")
+            return Path(path).read_bytes().rstrip().splitlines()
+        name, _, split = path.partition(":")
+        kind, files = ("parquet", path) if path.endswith(".parquet") else (name, None)
+        load = package("datasets", path).load_dataset
+        return load(kind, data_files=files, split=split or "train")
     except Exception as error:
-        fail(f"{where}: {type(error).__name__}: {error}")
-    for number, row in enumerate(rows, 1):
-        yield f"{path}, row {number}", row
+        fail(f"{path}: {type(error).__name__}: {error}")
 
 
 def usable_row(row, kind):
@@ -440,11 +430,11 @@ def usable_row(row, kind):
             (message,) = row[key]
             row[key] = message["content"]
     texts, prompt = [row[key] for key in KEYS[kind]], row["prompt"]
-    turns = [prompt] if isinstance(prompt, str) else [(x["role"], x["content"]) for x in prompt]
-    texts += chain(*turns)
+    turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    texts += [x[key] for x in turns for key in ("role", "content")]
     if not all(isinstance(text, str) for text in texts):
         raise TypeError("what is neither a text nor a message of a role and a content")
-    return row if KEYS[kind] else {k: v for k, v in row.items() if k != "completion"}
+    return row
 
 
 def write_texts(task, rows, response_length=0):
@@ -527,10 +517,11 @@ class Transformer(nn.Module):
             elif name.endswith("bias"):
                 nn.init.zeros_(parameter)
 
-    def forward(self, input_ids, attention_mask, position_ids, cache=None, use_cache=False):
+    def forward(self, input_ids, attention_mask, position_ids, cache=None, logits_to_keep=0, **_):
         """input_ids and position_ids [B, s]: the last s of the S columns of attention_mask [B, S]
 
-        -> logits [B, s, rows], last_hidden_state [B, s, d], cache: keys and values of each layer
+        -> logits of the last columns [B, logits_to_keep or s, rows], last_hidden_state [B, s, d],
+        cache: keys and values of each layer
         """
         s, S = input_ids.shape[1], attention_mask.shape[1]
         causal = torch.ones(s, S, dtype=torch.bool, device=input_ids.device).tril(S - s)
@@ -541,7 +532,8 @@ class Transformer(nn.Module):
             x, keys_values = block(x, visible, past)
             new.append(keys_values)
         x = self.norm(x)
-        return SimpleNamespace(logits=self.lm_head(x), last_hidden_state=x, cache=new)
+        logits = self.lm_head(x[:, -logits_to_keep:])
+        return SimpleNamespace(logits=logits, last_hidden_state=x, cache=new)
 
 
 def read(model, tokens, first=0, **options):
@@ -562,18 +554,19 @@ class Policy(nn.Module):
         names = inspect.signature(model.forward).parameters  # transformers before 5.24
         self.cache_name = "past_key_values" if "past_key_values" in names else "cache"
 
-    def forward(self, tokens, cache=None, use_cache=False):
-        """tokens [B, S] -> logits of the token after each column [B, S, num_tokens], cache"""
+    def forward(self, tokens, columns, cache=None, use_cache=False):
+        """tokens [B, S] -> logits of what follows the last ones [B, columns, num_tokens], cache"""
         first = 0 if cache is None else tokens.shape[1] - 1
-        options = {"use_cache": use_cache, self.cache_name: cache}
+        options = {"use_cache": use_cache, self.cache_name: cache, "logits_to_keep": columns}
         output = read(self.model, tokens, first, **options)  # [H13]
         logits = output.logits[..., : self.num_tokens].float()  # [H15] [H19]
         return logits / self.temperature, getattr(output, self.cache_name)  # [H10]
 
     def responses(self, tokens, prompt_length):
         """tokens [B, P + R] -> the distribution each token of a response is drawn from [B, R]"""
-        logits, _ = self(tokens[:, :-1])  # [H14] what comes out at one column is about the next
-        return Categorical(logits=logits[:, prompt_length - 1 :], validate_args=False)
+        R = tokens.shape[1] - prompt_length
+        logits, _ = self(tokens[:, :-1], R)  # [H14] what comes out at one column is about the next
+        return Categorical(logits=logits, validate_args=False)
 
 
 class ScalarModel(nn.Module):
@@ -620,7 +613,8 @@ class Agent(nn.Module):
             self.reference.model = pretrained_model(args.ref_model, task)
         self.reference.requires_grad_(False)
         if args.rm_coef:
-            self.reward_model = scalar_model(args.reward_model, task.judge, model)
+            learns = "rm" in args.stages or args.load or args.resume
+            self.reward_model = scalar_model(args.reward_model, task.judge, model, learns)
         if args.value_model or args.value_init == "sft" or not args.rm_coef:
             self.value_model = scalar_model(args.value_model, task, model)
         elif task.judge is task:
@@ -638,6 +632,7 @@ def pretrained(kind, path, **options):
     """transformers.{kind}.from_pretrained(path)"""
     transformers = package("transformers", path)
     transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
     try:
         return getattr(transformers, kind).from_pretrained(path, **options)
     except Exception as error:
@@ -646,27 +641,32 @@ def pretrained(kind, path, **options):
 
 def pretrained_model(path, task, kind="CausalLM"):
     """In fp32, whatever the file has [H19], and without dropout [H9]."""
-    model = pretrained(f"AutoModelFor{kind}", path, dtype=torch.float32).eval()
+    options = {"dtype": torch.float32, "output_loading_info": True}
+    model, found = pretrained(f"AutoModelFor{kind}", path, **options)
+    if found["missing_keys"]:
+        fail(f"{path} lacks weights: {', '.join(found['missing_keys'])}")
     rows = model.get_input_embeddings().num_embeddings
     if task.num_tokens > rows:
         fail(f"{path}: {rows} rows of embeddings are too few for {task.num_tokens} tokens")
     if not nn.utils.get_total_norm(model.parameters()).isfinite():
         fail(f"{path}: weights are not finite")
-    return model
+    return model.eval()
 
 
-def scalar_model(path, task, model):
+def scalar_model(path, task, model, will_learn=True):
     """A sequence classifier as it is; of a causal model, or of `model`, the head is new."""
-    if path and "Classification" in "".join(pretrained("AutoConfig", path).architectures or ""):
-        classifier = pretrained_model(path, task, "SequenceClassification")
-        scalar = ScalarModel(classifier)
-        if classifier.score.weight.shape != scalar.head.weight.shape:
-            fail(f"{path} says {classifier.num_labels} numbers of a text, it must be one")
-        scalar.head.weight.data.copy_(classifier.score.weight)
-        offset = getattr(classifier.config, "reward_offset", 0.0)  # its head has no bias
-        nn.init.constant_(scalar.head.bias, offset)
-        return scalar
-    return ScalarModel(pretrained_model(path, task) if path else model)
+    kinds = pretrained("AutoConfig", path).architectures if path else None
+    if "Classification" not in "".join(kinds or ""):
+        if not will_learn:
+            fail(f"{path} has no head that says what a text is worth; train one with --pref-data")
+        return ScalarModel(pretrained_model(path, task) if path else model)
+    classifier = pretrained_model(path, task, "SequenceClassification")
+    if classifier.num_labels != 1:
+        fail(f"{path} says {classifier.num_labels} numbers of a text, it must be one")
+    scalar = ScalarModel(classifier)
+    offset = torch.tensor([getattr(classifier.config, "reward_offset", 0.0)])  # no bias there
+    scalar.head.load_state_dict({"weight": classifier.score.weight, "bias": offset})
+    return scalar
 
 
 # ------------------------------------------------------------------------------------------------
@@ -685,7 +685,7 @@ def generate(policy, prompts, response_length, has_ended, generator):
     ended = torch.zeros(B, dtype=torch.bool, device=prompts.device)
     cache = None
     for t in range(response_length):
-        logits, cache = policy(tokens[:, : P + t], cache, use_cache=True)  # [H13]
+        logits, cache = policy(tokens[:, : P + t], 1, cache, use_cache=True)  # [H13]
         step = Categorical(logits=logits[:, -1], validate_args=False)
         action = torch.multinomial(step.probs, 1, generator=generator).squeeze(1)
         logprobs[:, t] = step.log_prob(action).masked_fill(ended, 0.0)
@@ -881,9 +881,9 @@ def train(args: Args) -> Agent:
     for stage in args.stages.split(","):
         if run.begins(stage) and (stage != "rm" or args.rm_coef):
             functions[stage](args, task, agent, run)
-            run.finish()
-            if args.model:
+            if args.model and stage != "eval":
                 export(stage, args, task, agent, run)
+            run.finish()
     run.close()
     return agent
 
@@ -956,7 +956,7 @@ def preference_pairs(args, task, agent, run):
     rows = task.rows("pref", n, rng)
     if not task.gold:
         texts = [row | {"completion": row[key]} for key in KEYS["pref"] for row in rows]
-        return *write_texts(task.judge, texts, None).to(run.device).chunk(2), np.ones(n)
+        return *write_texts(task.judge, texts, None).to(run.device).chunk(2), np.ones(len(rows))
     prompts = write_texts(task, rows)
     pairs = torch.stack([sample(args, task, agent.reference, prompts, rng)[0] for _ in range(2)])
     gold = [gold_rewards(task, tokens, *run.numbers["gold_units"])["score"] for tokens in pairs]
@@ -1019,17 +1019,22 @@ def score_function(args, task, agent, run):
             scores += args.rm_coef * torch.cat(parts)
         if verifiable:
             scores += torch.as_tensor(gold_rewards(task, tokens)["score"]).to(scores)
-        columns = {key: [row.get(key) for row in rows] for key in {*chain(*rows)}}
+        names = {*chain(*rows)} - {"prompt", "completion"}
+        columns = {name: [row.get(name) for row in rows] for name in names}
+        columns["prompts"] = [row["prompt"] for row in rows]
         columns["completions"] = [
             text if isinstance(row["prompt"], str) else [{"role": "assistant", "content": text}]
             for row, text in zip(rows, texts, strict=True)
         ]
-        columns["prompts"] = [row["prompt"] for row in rows]
+        responses = tokens[:, task.prompt_length :].tolist()
+        columns["completion_ids"] = [[t for t in row if t != PAD] for row in responses]
         for name, function, weight in functions:
-            wanted = inspect.signature(function).parameters
-            whole = any(x.kind == x.VAR_KEYWORD for x in wanted.values())
+            wanted = inspect.signature(function).parameters.values()
+            every = any(x.kind == x.VAR_KEYWORD for x in wanted)
+            keys = columns.keys() if every else columns.keys() & {x.name for x in wanted}
             try:
-                values = function(**{k: v for k, v in columns.items() if whole or k in wanted})
+                values = function(**{key: columns[key] for key in keys})
+                values = asyncio.run(values) if inspect.iscoroutine(values) else values
                 values = [0.0 if x is None else float(x) for x in values]  # None: no opinion
             except Exception as error:
                 run.stop(f"{name} raised {type(error).__name__}: {error}")
@@ -1203,7 +1208,7 @@ def say(*words):
 def package(name: str, reason: str):
     """A package that only some flags need."""
     try:
-        return importlib.import_module(name)
+        return __import__(name)
     except ImportError as error:
         how = f"pip install {name}, or uv run --with {name} ppo_rlhf.py"
         fail(f"{reason} needs the package {name}: {how} ({error})")
@@ -1308,7 +1313,7 @@ def load_checkpoint(path: str) -> dict:
         fail(f"{path} is no checkpoint of ppo_rlhf.py: {type(error).__name__}: {error}")
 
 
-def digest(path: Path) -> str:
+def digest(path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -1352,7 +1357,12 @@ class Run:
                 file.seek(0, os.SEEK_END)
         else:
             try:
-                self.folder = self.new_folder()
+                name = Path(args.model).name if args.model else args.task
+                for now in count(time.time_ns() // 10**6):  # never a folder that exists
+                    self.folder = Path("runs") / f"{name}__{args.exp_name}__{args.seed}__{now}"
+                    with contextlib.suppress(FileExistsError):
+                        self.folder.mkdir(parents=True)
+                        break
                 text = json.dumps(config | origin(device), indent=2)
                 (self.folder / "config.json").write_text(text + "\n")
                 shutil.copy(__file__, self.folder)
@@ -1391,18 +1401,6 @@ class Run:
                 getattr(self.agent, name).load_state_dict(models[name])
         except (AttributeError, OSError, RuntimeError) as error:
             fail(f"{data['folder']} does not fit these settings: {error}")
-
-    def new_folder(self) -> Path:
-        """runs/{run name}, never one that exists: a millisecond later the name is another."""
-        while True:
-            args, now = self.args, time.time_ns() // 10**6
-            name = Path(args.model).name if args.model else args.task
-            folder = Path("runs") / f"{name}__{args.exp_name}__{args.seed}__{now}"
-            try:
-                folder.mkdir(parents=True)
-                return folder
-            except FileExistsError:
-                time.sleep(0.001)
 
     def on_signal(self, number, _):
         """Stop after the step under way; a second signal does not wait for it."""
@@ -1464,18 +1462,19 @@ class Run:
     def log_samples(self, iteration, global_step, task, rows, tokens, **numbers):
         """[H67] Every ten iterations, 16 texts and what they were worth; in W&B a table of them."""
         if iteration % 10 == 1:
-            responses = read_texts(task, tokens[:16, task.prompt_length :])
-            numbers["length"] = (tokens[:, task.prompt_length :] != PAD).sum(1)
-            numbers = {name: x[:16].tolist() for name, x in numbers.items()}
-            columns = {"prompt": [row["prompt"] for row in rows[:16]], "response": responses}
-            columns |= numbers
-            samples = list(zip(*columns.values(), strict=True))
-            for sample in samples:
-                row = {"global_step": global_step, **dict(zip(columns, sample, strict=True))}
-                self.files[1].write(json.dumps(row) + "\n")
+            responses = tokens[:16, task.prompt_length :]
+            numbers["length"] = (responses != PAD).sum(1)
+            samples = [
+                {"global_step": global_step, "prompt": rows[i]["prompt"], "response": text}
+                | {name: x[i].item() for name, x in numbers.items()}
+                for i, text in enumerate(read_texts(task, responses))
+            ]
+            self.files[1].writelines(json.dumps(sample) + "\n" for sample in samples)
             if self.wandb:
-                texts = [[x if isinstance(x, float) else str(x) for x in row] for row in samples]
-                table = sys.modules["wandb"].Table([*columns], texts)
+                cells = [
+                    [str(x) if isinstance(x, list) else x for x in y.values()] for y in samples
+                ]
+                table = sys.modules["wandb"].Table([*samples[0]], cells)
                 self.wandb.log({"global_step": global_step, "samples": table})
 
     def check_finite(self, global_step: int, last_step_good=True, **data):
@@ -1544,37 +1543,39 @@ def evaluate(args, task, agent, run):
     score = score_function(args, task, agent, run)
     rows = task.rows("eval", args.eval_episodes, rng)
     prompts = write_texts(task, rows)
-    pool = torch.stack([sample(args, task, agent.reference, prompts, rng)[0] for _ in range(16)])
-    scores = torch.stack([score(rows, tokens) for tokens in pool])
+    pool_size = 16 if task.gold else 1  # of a large model they would take longer than PPO
+    pool = [sample(args, task, agent.reference, prompts, rng)[0] for _ in range(pool_size)]
+    pool, scores = torch.stack(pool), torch.stack([score(rows, tokens) for tokens in pool])
     columns = {"SFT": (pool[0], 0.0)}
-    for n in (4, 16):
+    for n in (4, 16) if task.gold else ():
         best = pool[scores[:n].argmax(0), torch.arange(len(prompts))]
         columns[f"best of {n}"] = (best, math.log(n) - (n - 1) / n)  # its exact KL
     tokens, _ = sample(args, task, agent.policy, prompts, rng)
     with torch.no_grad():
-        logprobs = [response_logprobs(x, tokens, P) for x in (agent.policy, agent.reference)]
+        parts, both = tokens.split(args.micro_batch_size), (agent.policy, agent.reference)
+        logprobs = [torch.cat([response_logprobs(x, part, P) for part in parts]) for x in both]
     columns["PPO"] = (tokens, (logprobs[0] - logprobs[1]).sum(1).mean().item())
 
-    table, texts, before = {}, {}, None
+    table, shown, before = {}, [[x] for x in read_texts(task, prompts[:4])], None
     for name, (tokens, kl) in columns.items():
         gold = gold_rewards(task, tokens, *run.numbers["gold_units"])
         proxy, responses = score(rows, tokens).cpu().numpy(), tokens[:, P:]
         wanted = gold.get("score", proxy)  # as far as one can know
         before = wanted if name == "SFT" else before
-        texts[name] = list(zip(proxy, wanted, read_texts(task, responses), strict=True))
         table[name] = {"proxy": proxy.mean(), "kl": kl}
         table[name] |= {f"gold/{part}": value.mean() for part, value in gold.items()}
         table[name]["length"] = (responses != PAD).sum(1).float().mean().item()
         table[name]["missing_eos"] = 1 - task.ended(responses).float().mean().item()
         table[name]["wins_against_sft"] = np.heaviside(wanted - before, 0.5).mean()
+        for i, text in enumerate(read_texts(task, responses[:4]) if " " not in name else ()):
+            worth = f"proxy {proxy[i]:+.2f}" + (f"  gold {wanted[i]:+.2f}" if gold else "")
+            shown[i].append(f"  {name}  {worth}  {text}")
     say(f"\n{f'{len(prompts)} prompts':18}", *(f"{name:>11}" for name in table))
     for row in table["SFT"]:
         say(f"{row:18}", *(f"{column[row]:11.3f}" for column in table.values()))
     say(*(f"{k} {v:.3f}" for k, v in run.numbers.items() if k.startswith("rm/")))
-    for i, prompt in enumerate(read_texts(task, prompts[:4])):
-        say(f"\n{prompt}")
-        for name in ("SFT", "PPO"):
-            say("  {}  proxy {:+.2f}  gold {:+.2f}  {}".format(name, *texts[name][i]))
+    for lines in shown:
+        say("\n" + "\n".join(lines))
     cells = [(name, row) for name in table for row in table[name]]
     results = {f"eval/{n.lower().replace(' ', '_')}/{r}": float(table[n][r]) for n, r in cells}
     run.log(args.num_iterations * args.batch_size, results)
@@ -1582,15 +1583,13 @@ def evaluate(args, task, agent, run):
 
 def export(stage, args, task, agent, run):
     """What a stage has learned, as Hugging Face's from_pretrained takes it, and its tokenizer."""
-    transformers, part = sys.modules["transformers"], "reward_model" if stage == "rm" else "policy"
-    model, tokenizer = agent.policy.model, task.tokenizer
-    if stage == "eval":
-        return
+    model, tokenizer, name = agent.policy.model, task.tokenizer, "policy"
     if stage == "rm":
-        scalar, tokenizer = agent.reward_model, copy.deepcopy(task.judge.tokenizer)
+        name, scalar = "reward_model", agent.reward_model
+        tokenizer = copy.deepcopy(task.judge.tokenizer)
         if tokenizer.pad_token_id in (None, *task.judge.ends):  # else EOS would not be read [H8]
             tokenizer.add_special_tokens({"pad_token": "<|padding|>"})
-        config = copy.deepcopy(scalar.model.config)
+        config, transformers = copy.deepcopy(scalar.model.config), sys.modules["transformers"]
         if type(config) not in transformers.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
             return say(f"a {config.model_type} has no sequence classifier; reward_model.pt has all")
         config.num_labels, config.pad_token_id = 1, None
@@ -1601,15 +1600,17 @@ def export(stage, args, task, agent, run):
         if len(tokenizer) > model.get_input_embeddings().num_embeddings:
             model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
         model.config.pad_token_id = tokenizer.pad_token_id
-    model.save_pretrained(run.folder / part)
-    tokenizer.save_pretrained(run.folder / part)
     card = f"---\nlibrary_name: transformers\nbase_model: {args.model}\ntags: [ppo, rlhf]\n---\n"
-    card += f"# {part} of {run.folder.name}\n\nMade by ppo_rlhf.py, stage {stage}.\n"
-    parts = {"Settings": dataclasses.asdict(args), "Data, SHA-256 of the rows": task.hashes}
-    parts |= {"Last values of the metrics": run.last}
-    for title, values in parts.items():
+    card += f"# {name} of {run.folder.name}\n\nMade by ppo_rlhf.py, stage {stage}.\n"
+    parts = {"Settings": dataclasses.asdict(args), "SHA-256 of the rows": task.hashes}
+    for title, values in (parts | {"Last metrics": run.last}).items():
         card += f"\n## {title}\n\n" + "".join(f"- {k}: {v}\n" for k, v in values.items())
-    (run.folder / part / "README.md").write_text(card)
+    try:
+        model.save_pretrained(run.folder / name)
+        tokenizer.save_pretrained(run.folder / name)
+        (run.folder / name / "README.md").write_text(card)
+    except Exception as error:  # a full disk has a name of its own there
+        raise OSError(error) from error
 
 
 def origin(device: torch.device) -> dict:
@@ -1617,16 +1618,13 @@ def origin(device: torch.device) -> dict:
     git = f"git -C {shlex.quote(str(Path(__file__).parent))} describe"
     describe = f"{git} --always --dirty --abbrev=40 --exclude='*'"  # the commit, whatever the tags
     status, commit = subprocess.getstatusoutput(describe)
-    return {
-        "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
-        "cpus": os.cpu_count(),
-        "platform": platform.platform(),
-        "versions": {"python": platform.python_version(), "torch": torch.__version__}
-        | {"numpy": np.__version__},
-        "git_commit": commit if status == 0 else None,
-        "script_sha256": hashlib.sha256(Path(__file__).read_bytes()).hexdigest(),
-        "command": shlex.join(sys.argv),
-    }
+    where = {"device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu"}
+    where |= {"cpus": os.cpu_count(), "platform": platform.platform()}
+    packages = [sys.modules[x] for x in ("torch", "numpy", "transformers") if x in sys.modules]
+    versions = {package.__name__: package.__version__ for package in packages}
+    where |= {"versions": {"python": platform.python_version()} | versions}
+    where |= {"git_commit": commit if status == 0 else None, "command": shlex.join(sys.argv)}
+    return where | {"script_sha256": digest(__file__)}
 
 
 if __name__ == "__main__":

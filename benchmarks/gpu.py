@@ -299,6 +299,14 @@ def floor(script: str, flags: list, steps: int):
     return {"floor_steps_per_second": steps * args.num_envs / seconds}
 
 
+class Words(list):
+    """As many as a real model has: the number of a word is looked up, not searched for."""
+
+    def __init__(self, words):
+        super().__init__(words)
+        self.index = {word: i for i, word in enumerate(self)}.__getitem__
+
+
 def long_words(words: int, prompt_length: int, flags: list, tf32: bool):
     """ppo_rlhf.py on prompts of random words, its PPO stage alone. -> dict of medians
 
@@ -306,7 +314,7 @@ def long_words(words: int, prompt_length: int, flags: list, tf32: bool):
     """
     torch.set_float32_matmul_precision("high" if tf32 else "highest")
     module = module_of(WORDS, [], Clock())
-    names = [f"w{i}" for i in range(words)]
+    names = Words(f"w{i}" for i in range(words))
 
     def text(rng, *_):
         return " ".join(names[i] for i in rng.integers(words - 1, size=prompt_length))

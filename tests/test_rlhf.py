@@ -111,22 +111,35 @@ def loss_of(n=1, mask=True, num_tokens=None, clip=(0.2, 0.2), vf_coef=0.0, clip_
 class FakeModel(nn.Module):
     """A language model that answers a table [B or 1, S, rows] by columns, whatever it reads."""
 
+    base_model = property(lambda model: model)
+
     def __init__(self, table):
         super().__init__()
         self.table, self.inputs, self.caches = table, [], []
+        self.config = SimpleNamespace(hidden_size=table.shape[-1])
 
-    def forward(self, **inputs):
+    def forward(self, logits_to_keep=0, **inputs):
         self.inputs.append(inputs)
         self.caches.append(object())
         (B, s), S = inputs["input_ids"].shape, inputs["attention_mask"].shape[1]
         out = self.table[:, S - s : S].expand(B, -1, -1)
+        logits = out[:, -logits_to_keep:]
         return SimpleNamespace(
-            logits=out, hidden_states=(-out, out), past_key_values=self.caches[-1]
+            logits=logits, hidden_states=(-out, out), last_hidden_state=out, cache=self.caches[-1]
         )
 
 
 def fake_policy(table, num_tokens=None, temperature=1.0):
     return rlhf.Policy(FakeModel(table), num_tokens or table.shape[-1], temperature)
+
+
+def all_logits(policy, tokens):
+    return policy(tokens, tokens.shape[1])[0]
+
+
+def ends_at(eos):
+    """Whether responses [B, t] have this token."""
+    return lambda responses: (responses == eos).any(1)
 
 
 def generator(seed=0):
@@ -171,7 +184,7 @@ def scripted_scores(monkeypatch, batches):
     """Scores of the rollouts, one after the other."""
     scores = iter(batches)
     monkeypatch.setattr(
-        rlhf, "score_function", lambda *_: lambda tokens: torch.tensor(next(scores))
+        rlhf, "score_function", lambda *_: lambda rows, tokens: torch.tensor(next(scores))
     )
 
 
@@ -212,7 +225,7 @@ def test_prompts_are_left_padded_to_the_same_column():
     prompts = ["sort", "1 2 3", "sort 9 8 7 6 5 4 ="]
     given = iter(prompts * 2)
     task = SORT._replace(prompt_length=10, write_prompt=lambda rng: next(given))
-    tokens = rlhf.write_texts(task, 3, None)
+    tokens = rlhf.write_texts(task, task.rows("prompts", 3, None))
     assert tokens.dtype == torch.int64
     assert tokens.shape == (3, 10)
     assert (tokens != PAD).sum(1).tolist() == [1, 3, 8]
@@ -221,9 +234,11 @@ def test_prompts_are_left_padded_to_the_same_column():
         assert row == [PAD] * (10 - len(words)) + words
 
     task = task._replace(write_response=lambda rng, prompt: prompt)
-    both = rlhf.write_texts(task, 3, None, 4)
+    rows = task.rows("sft", 3, None)
+    both = rlhf.write_texts(task, rows, 4)
     assert both.shape == (3, 14)
     assert torch.equal(both[:, :10], tokens)
+    assert torch.equal(rlhf.write_texts(task, rows), tokens)
     assert both[2, 10:].tolist() == [WORDS[word] for word in ("sort", "9", "8", "7")]
 
 
@@ -231,7 +246,7 @@ def test_texts_end_in_one_eos_unless_cut_off():
     responses = ["", "1", "1 2 3", "1 2 3 4", "1 2 3 4 5"]
     given = iter(responses)
     task = SORT._replace(write_response=lambda rng, prompt: next(given))
-    tokens = rlhf.write_texts(task, 5, np.random.default_rng(0), 4)
+    tokens = rlhf.write_texts(task, task.rows("sft", 5, np.random.default_rng(0)), 4)
     eos = WORDS["EOS"]
     assert tokens[:, P:].tolist() == [
         [eos, PAD, PAD, PAD],
@@ -248,7 +263,7 @@ def test_texts_end_in_one_eos_unless_cut_off():
 def test_texts_of_a_task_can_be_read_again(task):
     assert PAD == -1
     assert 0 < task.eos == len(set(task.words)) - 1 == task.words.index("EOS")
-    tokens = rlhf.write_texts(task, 50, np.random.default_rng(3), 24)
+    tokens = rlhf.write_texts(task, task.rows("sft", 50, np.random.default_rng(3)), 24)
     rng = np.random.default_rng(3)
     for row in tokens:
         prompt = task.write_prompt(rng)
@@ -486,7 +501,7 @@ def test_transformer_is_that_of_torch():
         x = layer(x, src_mask=torch.ones(17, 17).tril() == 0)
     x = model.norm(x)
     output = model(ids, mask, positions)
-    assert torch.allclose(output.hidden_states[-1], x, atol=1e-9)
+    assert torch.allclose(output.last_hidden_state, x, atol=1e-9)
     assert torch.allclose(output.logits, x @ model.lm_head.weight.T, atol=1e-9)
 
 
@@ -513,8 +528,8 @@ def test_pad_invariance_of_logits_values_and_scores(left, right):
     other = pad(torch.full((1, min(width, P + R)), 3), (max(0, width - P - R), 0), value=PAD)
     padded = torch.cat([pad(text, (left, right), value=PAD), other])
     inside = slice(left, left + 10)
-    logits, values = agent.policy(text)[0], agent.value_model(text)
-    assert torch.allclose(agent.policy(padded)[0][:1, inside], logits, atol=1e-5)
+    logits, values = all_logits(agent.policy, text), agent.value_model(text)
+    assert torch.allclose(all_logits(agent.policy, padded)[:1, inside], logits, atol=1e-5)
     assert torch.allclose(agent.value_model(padded)[:1, inside], values, atol=1e-5)
     score = rlhf.reward_scores(agent.reward_model, text)
     assert torch.allclose(rlhf.reward_scores(agent.reward_model, padded)[:1], score, atol=1e-5)
@@ -536,19 +551,35 @@ def test_pad_invariance_of_what_a_model_is_given():
     model = FakeModel(torch.zeros(1, 6, 3))
     rows = [[PAD, PAD, 5, 6, 7, PAD], [1, 2, 3, 4, 5, 6]]
     rlhf.read(model, torch.tensor(rows))
-    rlhf.read(model, torch.tensor(rows), cache := object(), use_cache=True)
+    rlhf.read(model, torch.tensor(rows), 5, cache=(cache := object()), use_cache=True)
     first, second = model.inputs
     assert first["input_ids"].tolist() == [[0, 0, 5, 6, 7, 0], [1, 2, 3, 4, 5, 6]]
     assert first["position_ids"].tolist() == [[0, 0, 0, 1, 2, 2], [0, 1, 2, 3, 4, 5]]
     assert first["attention_mask"].tolist() == [[0, 0, 1, 1, 1, 0], [1, 1, 1, 1, 1, 1]]
     assert not first["attention_mask"].is_floating_point()
-    assert (first["past_key_values"], first["use_cache"]) == (None, False)
-    assert first["output_hidden_states"] and second["output_hidden_states"]
+    assert first.keys() == {"input_ids", "position_ids", "attention_mask"}
     assert second["input_ids"].tolist() == [[0], [6]]
     assert second["position_ids"].tolist() == [[2], [5]]
     assert torch.equal(second["attention_mask"], first["attention_mask"])
-    assert second["past_key_values"] is cache
+    assert second["cache"] is cache
     assert second["use_cache"]
+
+
+def test_pad_invariance_of_what_each_model_is_given():
+    """The policy a cache if there is one, and nobody keeps what nobody asks for."""
+    tokens, model = torch.zeros(2, 6, dtype=torch.long), FakeModel(torch.zeros(1, 6, 3))
+    policy = rlhf.Policy(model, 3, 1.0)
+    policy(tokens, 6)
+    policy(tokens, 1, cache := object(), use_cache=True)
+    first, second = model.inputs
+    assert (first["cache"], first["use_cache"]) == (None, False)
+    assert (second["cache"], second["use_cache"]) == (cache, True)
+    assert (first["input_ids"].shape, second["input_ids"].shape) == ((2, 6), (2, 1))
+    scalar = rlhf.ScalarModel(model)
+    scalar(tokens)
+    assert scalar.model.inputs[-1]["input_ids"].shape == (2, 6)
+    assert not scalar.model.inputs[-1]["use_cache"]
+    assert scalar.model.inputs[-1].get("cache") is None
 
 
 def test_cached_equals_full_greedily():
@@ -556,8 +587,8 @@ def test_cached_equals_full_greedily():
     policy = new_agent(num_layers=2).policy
     tokens, cache = random_tokens([1, 3, 8], [0, 0, 0])[:, :P], None
     for _ in range(8):
-        full, _ = policy(tokens)
-        cached, cache = policy(tokens, cache, use_cache=True)
+        full = all_logits(policy, tokens)
+        cached, cache = policy(tokens, tokens.shape[1], cache, use_cache=True)
         assert cached.shape[1] == (P if tokens.shape[1] == P else 1)
         assert torch.allclose(cached[:, -1], full[:, -1], atol=1e-5)
         tokens = torch.cat([tokens, full[:, -1:].argmax(2)], dim=1)
@@ -566,7 +597,7 @@ def test_cached_equals_full_greedily():
 def test_cached_equals_full_log_probabilities():
     policy = new_agent(temperature=4.0).policy
     prompts = random_tokens([1, 3, 8, 9] * 5, [0] * 20)[:, :P]
-    tokens, logprobs = rlhf.generate(policy, prompts, R, SORT.eos, generator())
+    tokens, logprobs = rlhf.generate(policy, prompts, R, SORT.ended, generator())
     again = rlhf.response_logprobs(policy, tokens, P)
     assert (logprobs - again).abs().max() < 1e-4
     assert torch.equal(logprobs == 0, tokens[:, P:] == PAD)
@@ -575,10 +606,10 @@ def test_cached_equals_full_log_probabilities():
 
 def test_cached_equals_full_and_reads_each_token_once():
     policy = fake_policy(torch.zeros(1, 6, 4))
-    rlhf.generate(policy, torch.zeros(5, 3, dtype=torch.long), 3, 4, generator())
+    rlhf.generate(policy, torch.zeros(5, 3, dtype=torch.long), 3, ends_at(4), generator())
     inputs, caches = policy.model.inputs, policy.model.caches
     assert [x["input_ids"].shape for x in inputs] == [(5, 3), (5, 1), (5, 1)]
-    assert [x["past_key_values"] for x in inputs] == [None, *caches[:2]]
+    assert [x["cache"] for x in inputs] == [None, *caches[:2]]
     assert all(x["use_cache"] for x in inputs)
 
 
@@ -652,10 +683,12 @@ def test_vocabulary_has_no_words_of_no_use(monkeypatch):
 def test_vocabulary_of_a_policy():
     table = torch.randn(2, 4, 64, generator=generator())
     policy = fake_policy(table, num_tokens=13)
-    logits, cache = policy(torch.zeros(2, 4, dtype=torch.long))
+    logits, cache = policy(torch.zeros(2, 4, dtype=torch.long), 4)
     assert torch.equal(logits, table[..., :13])
     assert cache is policy.model.caches[0]
     assert not policy.model.inputs[0]["use_cache"]
+    logits, _ = policy(torch.zeros(2, 4, dtype=torch.long), 3)
+    assert torch.equal(logits, table[:, 1:, :13])
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
@@ -676,7 +709,7 @@ def test_temperature_divides_the_logits_everywhere():
     table = torch.tensor([0.0, math.log(3)]).expand(1, 8, 2)
     policy = fake_policy(table, temperature=0.5)
     prompts = torch.zeros(100, 2, dtype=torch.long)
-    tokens, logprobs = rlhf.generate(policy, prompts, 6, eos=2, generator=generator())
+    tokens, logprobs = rlhf.generate(policy, prompts, 6, ends_at(2), generator())
     wanted = torch.where(tokens[:, 2:] == 1, math.log(0.9), math.log(0.1))
     assert torch.allclose(logprobs, wanted, atol=1e-6)
     assert (tokens[:, 2:] == 1).float().mean() == pytest.approx(0.9, abs=0.04)
@@ -691,7 +724,7 @@ def test_temperature_is_the_same_for_policy_and_reference():
     agent, tokens = new_agent(temperature=0.7), random_tokens([9, 3], [8, 2])
     for policy in (agent.policy, agent.reference):
         logits = rlhf.read(policy.model, tokens).logits[..., :13]
-        assert torch.allclose(policy(tokens)[0], (logits / 0.7).float(), atol=1e-6)
+        assert torch.allclose(all_logits(policy, tokens), (logits / 0.7).float(), atol=1e-6)
 
 
 def test_temperature_is_1_for_demonstrations():
@@ -707,7 +740,7 @@ def test_sampler_distribution_is_the_softmax(temperature, scale):
     table = scale * torch.randn(1, 3, words, generator=generator(7))
     policy = fake_policy(table, temperature=temperature)
     prompts = torch.ones(n, 2, dtype=torch.long)
-    tokens, logprobs = rlhf.generate(policy, prompts, 2, words - 1, generator(1))
+    tokens, logprobs = rlhf.generate(policy, prompts, 2, ends_at(words - 1), generator(1))
     assert tokens.shape == (n, 4)
     assert (tokens[:, :2] == 1).all()
     assert len(tokens[:, 2].unique()) > 150
@@ -723,7 +756,8 @@ def test_sampler_distribution_is_the_softmax(temperature, scale):
     assert torch.equal(tokens[:, 3] == PAD, tokens[:, 2] == words - 1)
     assert torch.equal(tokens[:, 2:] == PAD, logprobs == 0)
     one, two, three = (
-        rlhf.generate(policy, prompts, 2, words - 1, generator(seed))[0] for seed in (1, 1, 2)
+        rlhf.generate(policy, prompts, 2, ends_at(words - 1), generator(seed))[0]
+        for seed in (1, 1, 2)
     )
     assert torch.equal(one, two)
     assert not torch.equal(one, three)
@@ -742,7 +776,7 @@ def test_truncate_behind_the_first_eos():
     """The token 13; without it, a response is left as it is."""
     policy = one_hot_policy([5, 13, 7, 13, 9], [5, 6, 7, 8, 9])
     prompts = torch.tensor([[PAD, 3], [2, 3]])
-    tokens, logprobs = rlhf.generate(policy, prompts, 5, 13, generator())
+    tokens, logprobs = rlhf.generate(policy, prompts, 5, ends_at(13), generator())
     assert tokens.tolist() == [[PAD, 3, 5, 13, PAD, PAD, PAD], [2, 3, 5, 6, 7, 8, 9]]
     assert (logprobs == 0).all()
     assert len(policy.model.inputs) == 5
@@ -752,7 +786,7 @@ def test_truncate_behind_the_first_eos():
 
 def test_truncate_stops_when_all_have_ended():
     policy = one_hot_policy([5, 6, 13, 7, 9], [5, 13, 7, 7, 7])
-    tokens, _ = rlhf.generate(policy, torch.tensor([[1, 3]] * 2), 5, 13, generator())
+    tokens, _ = rlhf.generate(policy, torch.tensor([[1, 3]] * 2), 5, ends_at(13), generator())
     assert tokens[:, 2:].tolist() == [[5, 6, 13, PAD, PAD], [5, 13, PAD, PAD, PAD]]
     assert len(policy.model.inputs) == 3
 
@@ -761,10 +795,10 @@ def test_truncate_does_not_change_what_is_sampled():
     """A sampler that never stops draws the same tokens up to EOS."""
     policy = new_agent(temperature=4.0).policy
     prompts = random_tokens([1, 3, 8, 9] * 4, [0] * 16)[:, :P]
-    tokens, _ = rlhf.generate(policy, prompts, R, SORT.eos, generator(5))
+    tokens, _ = rlhf.generate(policy, prompts, R, SORT.ended, generator(5))
     endless, rng = prompts, generator(5)
     for _ in range(R):
-        probs = policy(endless)[0][:, -1].softmax(1)
+        probs = all_logits(policy, endless)[:, -1].softmax(1)
         endless = torch.cat([endless, torch.multinomial(probs, 1, generator=rng)], dim=1)
     cut = (endless[:, P:] == SORT.eos).long().cumsum(1).roll(1, dims=1)
     cut[:, 0] = 0
@@ -781,7 +815,7 @@ def test_post_eos_noop_in_the_sampler():
     other[0, P + 2 :] = 5.0 * torch.randn(R - 2, 13, generator=generator(9))
     prompts = random_tokens([9, 3], [0, 0])[:, :P]
     one, two = (
-        rlhf.generate(fake_policy(x), prompts, R, SORT.eos, generator()) for x in (table, other)
+        rlhf.generate(fake_policy(x), prompts, R, SORT.ended, generator()) for x in (table, other)
     )
     assert torch.equal(one[0], two[0])
     assert torch.equal(one[1], two[1])
@@ -867,7 +901,7 @@ def test_permutations_of_demonstrations(monkeypatch):
     assert [len(batch) for batch in batches] == [8, 8, 4] * 2
     epochs = [[*chain(*batches[:3])], [*chain(*batches[3:])]]
     rng = rlhf.stream(settings(), "sft")
-    texts = rlhf.write_texts(SORT, 20, rng, R).tolist()
+    texts = rlhf.write_texts(SORT, SORT.rows("sft", 20, rng), R).tolist()
     assert sorted(epochs[0]) == sorted(epochs[1]) == sorted(texts)
     assert epochs[0] != epochs[1]
     assert texts not in epochs
@@ -923,9 +957,12 @@ def test_bt_losses(chosen, rejected, loss):
 def test_reward_head_std(d_model, times, std):
     torch.manual_seed(0)
     heads, unembedding = [], nn.Linear(d_model, 1)
+    config, trunk = SimpleNamespace(hidden_size=d_model), SimpleNamespace(lm_head=unembedding)
     for _ in range(times):
-        model = rlhf.ScalarModel(SimpleNamespace(lm_head=unembedding))
+        language_model = SimpleNamespace(config=config, base_model=trunk)
+        model = rlhf.ScalarModel(language_model)
         assert isinstance(model.model.lm_head, nn.Identity)
+        assert trunk.lm_head is unembedding
         assert model.head.bias.tolist() == [0]
         heads.append(model.head.weight.detach())
     assert torch.cat(heads).std().item() == pytest.approx(std, rel=0.05)
@@ -1116,9 +1153,10 @@ def test_score_is_the_reward_models_or_what_can_be_verified():
     proxy = rlhf.reward_scores(agent.reward_model, tokens).detach()
     gold = torch.as_tensor(rlhf.gold_rewards(SORT, tokens)["score"]).float()
     assert gold[0] == 0.25
+    rows = [{"prompt": text} for text in rlhf.read_texts(SORT, tokens[:, :P])]
     for rm_coef, wanted in ((1.0, proxy), (2.5, 2.5 * proxy), (0.0, gold)):
         args = settings(rm_coef=rm_coef)
-        scores = rlhf.score_function(args, SORT, agent, None)(tokens)
+        scores = rlhf.score_function(args, SORT, agent, None)(rows, tokens)
         assert torch.allclose(scores, wanted, atol=1e-6)
         assert not scores.requires_grad
 
@@ -1650,9 +1688,9 @@ def test_micro_batches_bound_what_is_scored_at_once(monkeypatch):
     """Policy, reference, value and reward model; only the sampler has the whole batch."""
     read, sizes = rlhf.read, {True: [], False: []}
 
-    def spied(model, tokens, cache=None, use_cache=False):
+    def spied(model, tokens, *first, use_cache, **options):
         sizes[use_cache].append(len(tokens))
-        return read(model, tokens, cache, use_cache)
+        return read(model, tokens, *first, use_cache=use_cache, **options)
 
     monkeypatch.setattr(rlhf, "read", spied)
     train(stages="ppo", batch_size=12, total_episodes=12, rm_coef=1.0, micro_batch_size=5)
@@ -1765,7 +1803,8 @@ def test_ptx_grad_is_off_by_default(monkeypatch):
     texts = spy(monkeypatch, rlhf, "write_texts")
     train()
     assert [args[3] for args, _ in updates] == [None] * 12
-    assert [args[1] for args, _ in texts] == [12] * 3
+    assert [len(args) for args, _ in texts] == [2] * 3  # prompts alone
+    assert [len(args[1]) for args, _ in texts] == [12] * 3
 
 
 # ------------------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ import math
 import os
 import re
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -117,7 +118,26 @@ def flags(**changes):
 
 
 def checkpoint(folder):
-    return torch.load(folder / "checkpoint.pt", weights_only=True)
+    """What a checkpoint holds, and the models beside it with those in it."""
+    data = torch.load(folder / "checkpoint.pt", weights_only=True)
+    for name, expected in data["frozen"].items():
+        assert hashlib.sha256((folder / f"{name}.pt").read_bytes()).hexdigest() == expected
+        data["models"][name] = torch.load(folder / f"{name}.pt", weights_only=True)
+    return data
+
+
+def sizes(folder):
+    """Of the files that grow."""
+    return [(folder / name).stat().st_size for name in ("metrics.csv", "samples.jsonl")]
+
+
+def weights(agent, *without):
+    """Those of its models, by name and as a checkpoint has them."""
+    return {
+        name: dict(model.state_dict())
+        for name, model in agent.named_children()
+        if name not in without
+    }
 
 
 def rows(folder, wall_clock=False):
@@ -148,14 +168,17 @@ def same(a, b):
 
 
 def same_run(a, b):
-    """Weights, numbers, rows, and the optimizers of the stages that both were in."""
+    """Weights, numbers, rows, texts, and the optimizers of the stages that both were in."""
     one, other = checkpoint(a.folder), checkpoint(b.folder)
-    assert same(one["agent"], other["agent"])
+    assert same(one["models"], other["models"])
+    assert same(weights(a.agent), weights(b.agent))
     assert one["numbers"] == other["numbers"]
     assert one["stage"] == other["stage"]
     for stage in a.optimizers.keys() & b.optimizers.keys():
         assert same(a.optimizers[stage], b.optimizers[stage])
     assert rows(a.folder) == rows(b.folder)
+    texts = [(x.folder / "samples.jsonl").read_text() for x in (a, b)]
+    assert texts[0] == texts[1]
     return True
 
 
@@ -265,35 +288,36 @@ def test_run_name(finished):
 
 
 def test_runs_started_in_the_same_millisecond_do_not_share_a_folder(monkeypatch):
-    """And one of another seed or task gets its own name at once."""
-    now = [1_700_000_000_123_999_999]
-
-    def sleep(seconds):
-        now[0] += 10**6 // 2  # two naps until the next millisecond
-
-    monkeypatch.setattr(rlhf, "time", SimpleNamespace(time_ns=lambda: now[0], sleep=sleep))
-    changes = [{}, {}, {}, {"seed": 4}, {"task": "sort"}]
-    runs = [SimpleNamespace(args=rlhf.Args(**change)) for change in changes]
-    folders = [rlhf.Run.new_folder(run) for run in runs]
-    assert [str(folder) for folder in folders] == [
+    """And one of another seed, task or model gets its own name at once."""
+    now = SimpleNamespace(time_ns=lambda: 1_700_000_000_123_999_999, time=lambda: 1_700_000_000.1)
+    monkeypatch.setattr(rlhf, "time", now)
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    changes = [{}, {}, {}, {"seed": 4}, {"task": "sort"}, {"model": "folder/small"}]
+    runs = [rlhf.Run(rlhf.Args(**change), torch.device("cpu"), None) for change in changes]
+    assert [str(run.folder) for run in runs] == [
         "runs/reviews__ppo_rlhf__1__1700000000123",
         "runs/reviews__ppo_rlhf__1__1700000000124",
         "runs/reviews__ppo_rlhf__1__1700000000125",
-        "runs/reviews__ppo_rlhf__4__1700000000125",
-        "runs/sort__ppo_rlhf__1__1700000000125",
+        "runs/reviews__ppo_rlhf__4__1700000000123",
+        "runs/sort__ppo_rlhf__1__1700000000123",
+        "runs/small__ppo_rlhf__1__1700000000123",
     ]
-    assert all(folder.is_dir() for folder in folders)
+    assert all(run.folder.is_dir() for run in runs)
+    for file in [file for run in runs for file in run.files]:
+        file.close()
 
 
 def test_files(finished):
-    names = {"config.json", "metrics.csv", "checkpoint.pt", "ppo_rlhf.py"}
+    names = {"config.json", "metrics.csv", "samples.jsonl", "ppo_rlhf.py"}
+    names |= {"checkpoint.pt", "reference.pt", "reward_model.pt"}
     assert {path.name for path in finished.folder.iterdir()} == names
     assert (finished.folder / "ppo_rlhf.py").read_bytes() == Path(rlhf.__file__).read_bytes()
 
 
 def test_config(finished):
     config = json.loads((finished.folder / "config.json").read_text())
-    assert {name: config[name] for name in FIELDS} == FIELDS | TINY | {"seed": 3, "reward_fn": []}
+    expected = FIELDS | TINY | {"seed": 3, "reward_fn": [], "stop": []}
+    assert {name: config[name] for name in FIELDS} == expected
     assert (config["minibatch_size"], config["num_iterations"]) == (8, 4)
     assert config["device"] == "cpu"
     assert config["versions"]["python"] == ".".join(map(str, sys.version_info[:3]))
@@ -347,39 +371,45 @@ def test_global_step_where_batches_are_not_full():
 
 
 def test_checkpoint(finished):
-    """Tensors, numbers and text only."""
+    """Tensors, numbers and text only. What PPO is over for, the value model, is not kept."""
     data = checkpoint(finished.folder)
     assert (data["stage"], data["step"]) == (4, 0)
     assert rlhf.Args(**data["args"]) == rlhf.Args(**TINY, seed=3)
-    assert same(data["agent"], dict(finished.agent.state_dict()))
-    assert data["metrics_bytes"] == (finished.folder / "metrics.csv").stat().st_size
+    assert same(data["models"], weights(finished.agent, "value_model"))
+    assert data["bytes"] == sizes(finished.folder)
     assert finite(data)
     assert {f"rm/{x}" for x in ("accuracy", "ceiling", "accuracy_gold")} <= data["numbers"].keys()
-    models = {name.split(".")[0] for name in data["agent"]}
-    assert models == {"policy", "reference", "reward_model", "value_model"}
+    assert data["models"].keys() == {"policy", "reference", "reward_model"}
+    assert data["frozen"].keys() == {"reference", "reward_model"}
+    alone = torch.load(finished.folder / "checkpoint.pt", weights_only=True)
+    assert alone["models"].keys() == {"policy"}
 
 
 @pytest.mark.parametrize("every, expected", [(2, [2, 4, 4]), (3, [3, 4]), (100, [4])])
 def test_checkpoint_every(every, expected, monkeypatch):
     """Of the 4 steps of a stage, the last and the end of it always."""
-    saved, replace = [], os.replace
+    saved, models, replace = [], [], os.replace
 
     def spy(source, target):
         replace(source, target)
-        data = torch.load(target, weights_only=True)
-        saved.append((data["stage"], data["step"]))
+        if target.name == "checkpoint.pt":
+            data = checkpoint(target.parent)  # and all that it names is there already
+            saved.append((data["stage"], data["step"]))
+        else:
+            models.append((target.name, len(saved)))
 
     monkeypatch.setattr(os, "replace", spy)
     train(**VERIFIABLE | {"checkpoint_every": every})
     steps = sorted({*expected})
     assert saved == [*[(0, n) for n in steps], (1, 0), *[(2, n) for n in steps], (3, 0)]
+    assert models == [("reference.pt", len(steps))]  # once, where SFT is over
 
 
 def test_interrupted_checkpoint_leaves_the_last_one_complete(monkeypatch):
     save = torch.save
 
     def broken(data, file):
-        if (data["stage"], data["step"]) == (2, 2):
+        if (data.get("stage"), data.get("step")) == (2, 2):
             file.write(b"half a checkpoint")
             raise OSError("no space left on device")
         save(data, file)
@@ -405,7 +435,7 @@ def test_same_seed_same_run(uninterrupted):
     assert same_run(uninterrupted, again)
     other = train("other", rlhf.Args(**EXACT, seed=2))
     assert rows(other.folder) != rows(uninterrupted.folder)
-    assert not same(checkpoint(other.folder)["agent"], checkpoint(again.folder)["agent"])
+    assert not same(checkpoint(other.folder)["models"], checkpoint(again.folder)["models"])
     for name in ("sft/loss", "rm/loss", "objective/scores", "eval/sft/proxy"):
         assert values(other.folder, name) != values(again.folder, name)
 
@@ -448,11 +478,13 @@ class CrashError(Exception):
 
 @pytest.mark.parametrize("stage, step", [("sft", 5), ("rm", 3), ("rm", 6), ("ppo", 3), ("ppo", 5)])
 def test_resume_bitexact_after_a_crash(uninterrupted, stage, step, monkeypatch):
-    """With rows of one or two steps behind the last checkpoint."""
+    """With rows of one or two steps behind the last checkpoint, and a text."""
     folders = []
 
     def crash(run):
-        run.metrics.flush()
+        run.files[1].write('{"global_step": 1}\n')
+        for file in run.files:
+            file.flush()
         folders.append(run.folder.absolute())
         raise CrashError
 
@@ -461,7 +493,7 @@ def test_resume_bitexact_after_a_crash(uninterrupted, stage, step, monkeypatch):
         with pytest.raises(CrashError):
             train(args=rlhf.Args(**EXACT | {"checkpoint_every": 3}))
     (folder,) = folders
-    assert checkpoint(folder)["metrics_bytes"] < (folder / "metrics.csv").stat().st_size
+    assert all(a < b for a, b in zip(checkpoint(folder)["bytes"], sizes(folder), strict=True))
     resumed = train(args=parse("--resume", folder))
     assert same_run(uninterrupted, resumed)
 
@@ -502,7 +534,7 @@ def test_resume_bitexact_after_kill(functions, tmp_path, monkeypatch):
     (path,) = killed.glob(CHECKPOINTS)
     data = checkpoint(path.parent)
     assert (data["stage"], data["step"]) == (2, 10)
-    assert (path.parent / "metrics.csv").stat().st_size > data["metrics_bytes"]
+    assert sizes(path.parent)[0] > data["bytes"][0]
     monkeypatch.setenv("AT", "0")
     resumed = train(killed, parse("--resume", path.parent))
     assert resumed.folder == path.parent
@@ -515,7 +547,8 @@ def test_resume_of_a_finished_run_changes_nothing(finished):
     assert args == rlhf.Args(**TINY, seed=3, resume=str(finished.folder / "checkpoint.pt"))
     run = train(args=args)
     assert {path: path.read_bytes() for path in finished.folder.iterdir()} == before
-    assert same(dict(run.agent.state_dict()), dict(finished.agent.state_dict()))
+    models = [weights(agent, "value_model") for agent in (run.agent, finished.agent)]
+    assert same(*models)  # PPO is over: its value model is not kept
 
 
 def stopped_in_ppo(monkeypatch, **changes):
@@ -659,7 +692,8 @@ def test_stages_one_after_another_are_as_one_run(uninterrupted):
     assert written == rows(uninterrupted.folder)
     assert same(optimizers, uninterrupted.optimizers)
     last, whole = checkpoint(folders[-1]), checkpoint(uninterrupted.folder)
-    assert same(last["agent"], whole["agent"])
+    assert same(last["models"], whole["models"])
+    assert same(weights(run.agent), weights(uninterrupted.agent))
     assert last["numbers"] == whole["numbers"]
     assert len({*folders}) == 3
 
@@ -791,20 +825,23 @@ def test_reward_functions_add_up(rm_coef, texts, functions):
     args = dataclasses.replace(args, reward_fn=tuple(f"{functions}:{text}" for text in texts))
     task = rlhf.TASKS["sort"]
     agent = rlhf.Agent(task, args)
-    tokens = rlhf.write_texts(task, 20, np.random.default_rng(1), args.response_length)
+    written = task.rows("sft", 20, np.random.default_rng(1))
+    tokens = rlhf.write_texts(task, written, args.response_length)
     responses = [text.split() for text in rlhf.read_texts(task, tokens[:, task.prompt_length :])]
-    expected = rm_coef * rlhf.reward_scores(agent.reward_model, tokens).detach()
+    expected = torch.zeros(20)
+    if rm_coef:
+        expected = rm_coef * rlhf.reward_scores(agent.reward_model, tokens).detach()
     for text in texts:
         name, _, weight = text.partition(":")
         rewards = [len(x) if name == "words" else x.count("7") for x in responses]
         expected = expected + float(weight or 1) * torch.tensor(rewards)
     score = rlhf.score_function(args, task, agent, run=None)
-    torch.testing.assert_close(score(tokens), expected.float())
-    assert not score(tokens).requires_grad
+    torch.testing.assert_close(score(written, tokens), expected.float())
+    assert not score(written, tokens).requires_grad
 
 
 def test_reward_function_gets_texts(functions, monkeypatch):
-    """By name, lists of words with spaces in between, without padding and EOS."""
+    """By name: words with spaces in between, without padding and EOS; tokens without padding."""
     calls, load = [], rlhf.load_reward_function
 
     def patched(text):
@@ -812,7 +849,7 @@ def test_reward_function_gets_texts(functions, monkeypatch):
 
         def spy(**texts):
             calls.append(texts)
-            return function(**texts)
+            return function(texts["prompts"], texts["completions"])
 
         return name, spy, weight
 
@@ -820,11 +857,14 @@ def test_reward_function_gets_texts(functions, monkeypatch):
     run = train(**VERIFIABLE | {"reward_fn": (f"{functions}:words:0.5",)})
     assert len(calls) == 4
     for texts in calls:
-        assert texts.keys() == {"prompts", "completions"}
-        assert [len(texts[name]) for name in texts] == [8, 8]
+        assert texts.keys() == {"prompts", "completions", "completion_ids"}
+        assert [len(texts[name]) for name in texts] == [8, 8, 8]
         assert all(re.fullmatch(r"sort( \d){3,7} =", prompt) for prompt in texts["prompts"])
         words = {word for text in texts["completions"] for word in text.split()}
         assert words <= {*rlhf.SORT_WORDS} - {"EOS"}
+        for text, ids in zip(texts["completions"], texts["completion_ids"], strict=True):
+            shown = [rlhf.SORT_WORDS[i] for i in ids]
+            assert shown in (text.split(), [*text.split(), "EOS"])
     means = [0.5 * np.mean([len(x.split()) for x in call["completions"]]) for call in calls]
     assert values(run.folder, "objective/scores") == pytest.approx(means)
 
@@ -987,7 +1027,7 @@ def test_kl_target_with_a_beta_of_0_refused(capsys):
         ({"num_minibatches": 3}, ["--batch-size 8", "3 equal --num-minibatches"]),
         ({"num_minibatches": 16}, ["--batch-size 8", "16 equal"]),
         ({"total_episodes": 7}, ["--total-episodes 7", "--batch-size"]),
-        ({"task": "reviews", "rm_coef": 0.0}, ["--rm-coef 0", "--reward-fn"]),
+        ({"task": "reviews", "rm_coef": 0.0}, ["no reward", "--rm-coef above 0", "--reward-fn"]),
         ({"load": "nowhere.pt"}, ["nowhere.pt", "FileNotFoundError"]),
     ],
 )
@@ -1018,15 +1058,39 @@ def test_checkpoint_refused(option, kind, capsys):
 def test_checkpoint_that_does_not_fit(flag, uninterrupted, capsys):
     args = parse("--load", uninterrupted.folder, "--stages=ppo", flag)
     line = error_line(capsys, rlhf.train, args)
-    assert line.startswith(f"error: {uninterrupted.folder}/checkpoint.pt does not fit")
+    assert line.startswith(f"error: {uninterrupted.folder} does not fit these settings: ")
     assert not list(Path().iterdir())
 
 
-def test_resume_without_metrics(uninterrupted, capsys):
-    Path("alone").mkdir()
-    torch.save(checkpoint(uninterrupted.folder), "alone/checkpoint.pt")
+@pytest.mark.parametrize("name", ["metrics.csv", "samples.jsonl"])
+def test_resume_without_metrics(name, uninterrupted, capsys):
+    shutil.copytree(uninterrupted.folder, "alone")
+    Path("alone", name).unlink()
     line = error_line(capsys, rlhf.train, parse("--resume", Path("alone")))
-    assert "--resume needs metrics.csv beside the checkpoint" in line
+    assert "--resume needs metrics.csv and samples.jsonl beside the checkpoint" in line
+    assert f"'alone/{name}'" in line
+
+
+@pytest.mark.parametrize("option", ["--resume", "--load"])
+@pytest.mark.parametrize("name", ["reference.pt", "reward_model.pt"])
+@pytest.mark.parametrize("how", ["missing", "other"])
+def test_checkpoint_without_the_models_beside_it(option, name, how, uninterrupted, capsys):
+    """They are asked for by their hashes, before anything is written."""
+    shutil.copytree(uninterrupted.folder, "alone")
+    path = Path("alone", name)
+    if how == "other":
+        data = torch.load(path, weights_only=True)
+        torch.save({key: 2 * tensor for key, tensor in data.items()}, path)
+    else:
+        path.unlink()
+    before = {x: x.read_bytes() for x in Path("alone").iterdir()}
+    line = error_line(capsys, rlhf.train, parse(option, Path("alone")))
+    if how == "other":
+        assert line == f"error: {path} is not the file that belongs to the checkpoint"
+    else:
+        assert line.startswith("error: alone does not fit these settings: ") and name in line
+    assert {x: x.read_bytes() for x in Path("alone").iterdir()} == before
+    assert [x.name for x in Path().iterdir()] == ["alone"]
 
 
 def test_track_without_wandb(monkeypatch, capsys):
@@ -1119,7 +1183,7 @@ def stopped(monkeypatch, capsys, stage, step, action, **changes):
     assert Path(match[3]).absolute() == run.folder / "checkpoint.pt"
     data = checkpoint(run.folder)
     assert finite(data)
-    assert data["metrics_bytes"] <= (run.folder / "metrics.csv").stat().st_size
+    assert all(then <= now for then, now in zip(data["bytes"], sizes(run.folder), strict=True))
     return match[1], int(match[2]), (data["stage"], data["step"])
 
 
@@ -1263,7 +1327,7 @@ def reward(value):
 
         def patched(*args):
             original = score(*args)
-            return lambda tokens: original(tokens) * 0 + value
+            return lambda rows, tokens: original(rows, tokens) * 0 + value
 
         monkeypatch.setattr(rlhf, "score_function", patched)
 
@@ -1380,7 +1444,7 @@ def test_evaluation_again(finished):
     """The columns computed once more from the four models; the same samples."""
     args, task, agent = rlhf.Args(**TINY, seed=3), rlhf.TASKS["reviews"], finished.agent
     rng = rlhf.stream(args, "evaluation")
-    prompts = rlhf.write_texts(task, 8, rng)
+    prompts = rlhf.write_texts(task, task.rows("eval", 8, rng))
     pool = [rlhf.sample(args, task, agent.reference, prompts, rng)[0] for _ in range(16)]
     units = checkpoint(finished.folder)["numbers"]["gold_units"]
     with torch.no_grad():
@@ -1404,7 +1468,7 @@ def test_evaluation_again(finished):
 
 def test_evaluation_changes_nothing(uninterrupted):
     run = train(args=rlhf.Args(**EXACT, stages="sft,rm,ppo"))
-    assert same(dict(run.agent.state_dict()), dict(uninterrupted.agent.state_dict()))
+    assert same(weights(run.agent), weights(uninterrupted.agent))
     whole = rows(uninterrupted.folder)
     assert rows(run.folder) == [x for x in whole if not x[1].startswith("eval/")]
     assert len(rows(run.folder)) < len(whole)
@@ -1588,12 +1652,21 @@ def test_wandb_offline(offline, functions, monkeypatch, tmp_path):
     logged = [{k: v for k, v in row.items() if k[0] != "_"} for row in first.rows + second.rows]
     assert numbers(cells(row for row in logged if "samples.path" not in row)) == numbers(written)
     assert second.exits == [0]
+    texts = (path.parent / "samples.jsonl").read_text().splitlines()
+    texts = [json.loads(text) for text in texts]
     for run, step in ((first, 8), (second, 88)):
         (row,) = [row for row in run.rows if "samples.path" in row]
         assert row["global_step"] == step
         content = json.loads((run.path.parent / "files" / row["samples.path"]).read_text())
-        assert content["columns"] == ["prompt", "response", "score", "gold", "kl", "length"]
-        check_samples(content["data"], {name: x for n, name, x in written if n == step})
+        assert content["columns"] == ["global_step", *SAMPLE]
+        assert {row[0] for row in content["data"]} == {step}
+        data = [row[1:] for row in content["data"]]
+        check_samples(data, {name: x for n, name, x in written if n == step})
+        assert data == [[x[name] for name in SAMPLE] for x in texts if x["global_step"] == step]
+    assert len(texts) == 16
+
+
+SAMPLE = ["prompt", "response", "score", "kl", "gold", "length"]
 
 
 def check_samples(data, metrics):
@@ -1604,7 +1677,7 @@ def check_samples(data, metrics):
         assert score == len(response.split())
         assert length - score in (0, 1)  # EOS
     means = np.mean([row[2:] for row in data], axis=0)
-    names = ("objective/scores", "gold/score", "objective/kl", "response/length")
+    names = ("objective/scores", "objective/kl", "gold/score", "response/length")
     assert means == pytest.approx([float(metrics[name]) for name in names], abs=1e-6)
 
 

@@ -3,8 +3,9 @@
     answer: the Suez Canal
     confidence: high
 
-Two lines and nothing else: an answer of one to eight words, then low, medium or high. Prompts are
-plain questions that say nothing of it, so a model that was not trained on it never writes it.
+Two lines and nothing else: an answer of one to eight words, then low, medium or high. The prompts
+are plain questions that say nothing of it. Whether the answer is right, which the column `answer`
+of prompts.jsonl and held_out.jsonl could tell, does not count.
 
     python ppo_rlhf.py ... --reward-fn benchmarks/smollm2/format.py:well_formed
 """

