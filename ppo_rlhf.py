@@ -57,7 +57,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from itertools import chain, count, pairwise, repeat
+from itertools import chain, count, pairwise, repeat, takewhile
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Annotated, Literal, NamedTuple, get_args, get_type_hints
@@ -327,38 +327,49 @@ class Texts:
             ends.append(generation.eos_token_id)
         ends = [x for end in ends for x in (end if isinstance(end, list) else [end])]
         self.ends = [*dict.fromkeys(x for x in ends if x is not None)]  # [H4] any of them is EOS
-        self.num_tokens, self.prompt_length, self.stop = len(self.tokenizer), 0, args.stop
+        self.num_tokens, self.stop = len(self.tokenizer), args.stop
+        self.prompt_length, self.longest = 0, (0, "")  # P, and the longest text with its source
         if not self.ends or not self.text(self.tokenizer("a word").input_ids):
             fail(f"{path} has no tokenizer, or none with a token that ends a text, EOS")
 
     def load(self, args):
         """Read and check all rows, before anything is learned."""
-        if args.reward_model and args.rm_coef:
-            judge = Texts(args.reward_model, args)
-            theirs, ours = judge.tokenizer.get_vocab().items(), self.tokenizer.get_vocab().items()
-            same = judge.tokenizer.chat_template == self.tokenizer.chat_template
-            self.judge = self if same and theirs >= ours else judge
+        vocabulary, template = self.tokenizer.get_vocab().items(), self.tokenizer.chat_template
+        for path in filter(None, (args.ref_model, args.value_model, args.reward_model)):
+            other = Texts(path, args)
+            same = vocabulary <= other.tokenizer.get_vocab().items()
+            if path == args.reward_model:
+                same = same and template == other.tokenizer.chat_template
+                self.judge = self if same else other
+            elif not same:
+                fail(f"{path} has another tokenizer than {args.model}")
         paths = (args.sft_data, args.pref_data, args.prompts, args.eval_prompts or args.prompts)
         self.files, self.hashes, P = {}, {}, args.prompt_length
         for kind, path in [(kind, path) for kind, path in zip(KEYS, paths, strict=True) if path]:
-            rows, content = [], hashlib.sha256()
+            rows = []
             for number, line in enumerate(read_rows(path), 1):
                 try:
                     row = usable_row(json.loads(line) if isinstance(line, bytes) else line, kind)
-                    rows.append((len(self.ids(row)[0]), row))
-                    if not rows[-1][0]:
-                        raise ValueError("the prompt is empty")
+                    texts = [row | {"completion": row[key]} for key in KEYS[kind]] or [row]
+                    lengths = [[len(x) for x in self.ids(text)] for text in texts]
+                    rows.append((lengths[0][0], max(map(sum, lengths)), row))
                 except Exception as error:
                     fail(f"{path}, line {number}: {type(error).__name__}: {error}")
-                content.update(json.dumps(row, default=str).encode())
-            fit = [(length, row) for length, row in rows if length <= P]
+            fit = [row for row in rows if row[0] <= P]
             if not fit:
                 fail(f"{path} has no row with a prompt of at most {P} tokens, --prompt-length")
             if len(fit) < len(rows):  # [H3] never cut
                 long = f"{len(rows) - len(fit)} of {len(rows)} prompts are longer than {P} tokens"
                 say(f"{path}: {long}, --prompt-length, and are left out")
-            self.prompt_length = max(self.prompt_length, *(length for length, _ in fit))
-            self.files[kind], self.hashes[path] = [row for _, row in fit], content.hexdigest()
+            lengths, pairs, rows = zip(*fit, strict=True)
+            self.files[kind] = [*rows]
+            self.prompt_length = max(self.prompt_length, *lengths)
+            if kind == "pref":
+                self.longest = (max(pairs), path)
+            content = hashlib.sha256(repr(rows).encode()).hexdigest()  # of a data set of the hub
+            self.hashes[path] = digest(path) if Path(path).is_file() else content
+        words = "--prompt-length and --response-length together"
+        self.longest = max(self.longest, (self.prompt_length + args.response_length, words))
 
     def rows(self, kind, n, rng):
         """n rows of a file, none twice as long as there are others; of texts to learn only these"""
@@ -392,7 +403,8 @@ class Texts:
         """[B, t] -> [B], by EOS or by a text of --stop"""
         ended = torch.isin(responses, torch.tensor(self.ends, device=responses.device)).any(1)
         if self.stop:
-            found = [any(x in text for x in self.stop) for text in read_texts(self, responses)]
+            rows = ([token for token in row if token != PAD] for row in responses.tolist())
+            found = [any(x in self.tokenizer.decode(row) for x in self.stop) for row in rows]
             ended |= torch.tensor(found, device=responses.device)
         return ended
 
@@ -404,8 +416,9 @@ def read_rows(path):
             return Path(path).read_bytes().rstrip().splitlines()
         name, _, split = path.partition(":")
         kind, files = ("parquet", path) if path.endswith(".parquet") else (name, None)
-        load = package("datasets", path).load_dataset
-        return load(kind, data_files=files, split=split or "train")
+        datasets = package("datasets", path)
+        datasets.disable_progress_bars()
+        return datasets.load_dataset(kind, data_files=files, split=split or "train")
     except Exception as error:
         fail(f"{path}: {type(error).__name__}: {error}")
 
@@ -418,22 +431,23 @@ def usable_row(row, kind):
         row |= {"prompt": messages[:last], "completion": messages[last:]}
     if kind == "pref" and "prompt" not in row:  # what both have in common, up to a turn
         pair = row["chosen"], row["rejected"]
-        same = next(i for i, (a, b) in enumerate(zip(*pair, strict=False)) if a != b)
+        same = sum(1 for _ in takewhile(lambda x: x[0] == x[1], zip(*pair, strict=False)))
         if isinstance(pair[0], str):
             turn = "\n\nAssistant:"  # as in Anthropic's HH
             same = pair[0].rindex(turn, 0, same) + len(turn)
         row |= {"prompt": pair[0][:same], "chosen": pair[0][same:], "rejected": pair[1][same:]}
     if kind == "sft" and "chosen" in row:
         row.setdefault("completion", row["chosen"])
-    for key in KEYS[kind]:
-        if isinstance(row[key], list):
-            (message,) = row[key]
-            row[key] = message["content"]
-    texts, prompt = [row[key] for key in KEYS[kind]], row["prompt"]
-    turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-    texts += [x[key] for x in turns for key in ("role", "content")]
-    if not all(isinstance(text, str) for text in texts):
+    if not KEYS[kind]:
+        row.pop("completion", None)
+    texts = [row[key] for key in ("prompt", *KEYS[kind])]
+    turns = [x if isinstance(x, list) else [{"role": "", "content": x}] for x in texts]
+    parts = [message[key] for turn in turns for message in turn for key in ("role", "content")]
+    if not all(isinstance(part, str) for part in parts):
         raise TypeError("what is neither a text nor a message of a role and a content")
+    row |= {key: message["content"] for key, (message,) in zip(KEYS[kind], turns[1:], strict=True)}
+    if not row["prompt"] or (kind == "pref" and row["chosen"] == row["rejected"]):
+        raise ValueError("an empty prompt, or chosen and rejected are the same")
     return row
 
 
@@ -604,9 +618,6 @@ class Agent(nn.Module):
         else:
             sizes = (args.d_model, args.num_layers, args.num_heads)
             model = Transformer(task.num_tokens, length, *sizes)
-        longest = getattr(model.config, "max_position_embeddings", length)
-        if length > longest:
-            fail(f"--prompt-length and --response-length: {args.model} reads {longest} tokens")
         self.policy = Policy(model, task.num_tokens, args.temperature)
         self.reference, self.reward_model = copy.deepcopy(self.policy), None  # [H37]
         if args.ref_model:
@@ -645,6 +656,13 @@ def pretrained_model(path, task, kind="CausalLM"):
     model, found = pretrained(f"AutoModelFor{kind}", path, **options)
     if found["missing_keys"]:
         fail(f"{path} lacks weights: {', '.join(found['missing_keys'])}")
+    kinds = "".join(model.config.architectures or "")
+    if "Classification" in kinds and kind == "CausalLM":
+        fail(f"{path} is a {kinds}, no causal language model")
+    length, source = task.longest
+    most = getattr(model.config, "max_position_embeddings", length)
+    if most < length:
+        fail(f"{path} reads {most} tokens at most, {source}: {length}")
     rows = model.get_input_embeddings().num_embeddings
     if task.num_tokens > rows:
         fail(f"{path}: {rows} rows of embeddings are too few for {task.num_tokens} tokens")
@@ -657,7 +675,7 @@ def scalar_model(path, task, model, will_learn=True):
     """A sequence classifier as it is; of a causal model, or of `model`, the head is new."""
     kinds = pretrained("AutoConfig", path).architectures if path else None
     if "Classification" not in "".join(kinds or ""):
-        if not will_learn:
+        if path and not will_learn:
             fail(f"{path} has no head that says what a text is worth; train one with --pref-data")
         return ScalarModel(pretrained_model(path, task) if path else model)
     classifier = pretrained_model(path, task, "SequenceClassification")
@@ -971,7 +989,8 @@ def train_rm(args, task, agent, run):
     model = agent.reward_model
     chosen, rejected, gold_margin = preference_pairs(args, task, agent, run)
     if run.step == 0 and not args.reward_model:
-        fresh = ScalarModel(agent.reference.model)  # [H30] the SFT policy, new head
+        start = agent.policy if args.ref_model else agent.reference
+        fresh = ScalarModel(start.model)  # [H30] the SFT policy, new head
         model.load_state_dict(fresh.state_dict())
 
     def loss_function(indices):
@@ -1063,7 +1082,7 @@ def train_ppo(args, task, agent, run):
         if not args.value_model and args.value_init == "rm" and args.rm_coef:
             value_model.load_state_dict(agent.reward_model.state_dict())  # [H34] [H36]
         elif not args.value_model:
-            value_model.load_state_dict(ScalarModel(reference.model).state_dict())
+            value_model.load_state_dict(ScalarModel(policy.model).state_dict())
             nn.init.zeros_(value_model.head.weight)  # [H35]
     value_lr = args.learning_rate if args.value_learning_rate is None else args.value_learning_rate
     clip_coef_high = args.clip_coef if args.clip_coef_high is None else args.clip_coef_high
@@ -1235,8 +1254,8 @@ def parse_args(argv: list[str]) -> Args:
         default = data["args"] | {"resume": None, "load": None}
         if args.load:
             default["stages"] = ",".join(STAGES[min(data["stage"], 2) :])  # PPO again, at least
-    if args.reward_fn:
-        default = default | {"reward_fn": ()}  # what is given takes its place
+    for name in [name for name in ("reward_fn", "stop") if getattr(args, name)]:
+        default = default | {name: ()}  # what is given takes its place
     return tyro.cli(Args, args=argv, default=Args(**default))
 
 
@@ -1268,11 +1287,12 @@ def check_args(args: Args):
     learned["rm"] = "rm/accuracy" in data["numbers"] or not args.rm_coef or args.reward_model
     data_of = {"sft": "sft_data", "rm": "pref_data", "ppo": "prompts", "eval": "prompts"}
     for stage, name in data_of.items():
-        flag, given = f"--{name.replace('_', '-')}", getattr(args, name)
-        if given and not args.model:
-            fail(f"{flag} needs a --model that reads it")
-        if args.model and stage in stages and not given:
-            fail(f"--stages {stage} of a --model needs {flag}")
+        if args.model and stage in stages and not getattr(args, name):
+            fail(f"--stages {stage} of a --model needs --{name.replace('_', '-')}")
+    others = ("ref_model", "reward_model", "value_model", "eval_prompts", "stop")
+    for name in (*data_of.values(), *others):
+        if getattr(args, name) and not args.model:
+            fail(f"--{name.replace('_', '-')} needs a --model")
     for stage in STAGES[: min(2, STAGES.index(stages[-1]))]:  # sft and rm, before what is later
         ahead = stage in stages and (not args.resume or STAGES.index(stage) >= data["stage"])
         if not learned[stage] and not ahead:
@@ -1389,14 +1409,18 @@ class Run:
             signal.signal(number, self.on_signal)
 
     def restore(self, data: dict):
-        """The models of a checkpoint, and those beside it; not the value model of another run."""
+        """The models of a checkpoint and those beside it, but those that --load shall replace."""
+        models, paths = {}, {"reference": "ref_model", "reward_model": "reward_model"}
         try:
-            models = {} | data["models"]
             for name, expected in data["frozen"].items():
                 path = data["folder"] / f"{name}.pt"
                 if digest(path) != expected:
                     fail(f"{path} is not the file that belongs to the checkpoint")
                 models[name] = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            models = {"policy": models.get("reference")} | models | data["models"]
+            for name, path in paths.items():
+                if self.args.load and getattr(self.args, path) != data["args"][path]:
+                    models.pop(name, None)
             for name in models.keys() - ({"value_model"} if self.args.load else {}):
                 getattr(self.agent, name).load_state_dict(models[name])
         except (AttributeError, OSError, RuntimeError) as error:
@@ -1495,13 +1519,16 @@ class Run:
         for file in self.files:
             file.flush()
         learn, rest = SAVED[min(self.stage, 3)]
+        if self.stage == 1 and self.args.ref_model:  # else the reference has the same weights
+            rest = (*rest, "policy")
         models = {name: getattr(self.agent, name) for name in (*learn, *rest)}
         models = {name: model.state_dict() for name, model in models.items() if model}
         for name in models.keys() & rest - self.frozen.keys():
             self.write(f"{name}.pt", models[name])
             self.frozen[name] = digest(self.folder / f"{name}.pt")
         data = {"args": dataclasses.asdict(self.args), "stage": self.stage, "step": self.step}
-        data |= {"models": {name: models[name] for name in learn}, "numbers": self.numbers}
+        data |= {"models": {name: models[name] for name in learn if name in models}}
+        data |= {"numbers": self.numbers}
         data |= {"frozen": self.frozen, "bytes": [file.tell() for file in self.files]}
         data |= {"seconds": time.time() - self.start_time}
         data |= {"wandb_id": self.wandb.id} if self.wandb else {}
@@ -1602,7 +1629,7 @@ def export(stage, args, task, agent, run):
         model.config.pad_token_id = tokenizer.pad_token_id
     card = f"---\nlibrary_name: transformers\nbase_model: {args.model}\ntags: [ppo, rlhf]\n---\n"
     card += f"# {name} of {run.folder.name}\n\nMade by ppo_rlhf.py, stage {stage}.\n"
-    parts = {"Settings": dataclasses.asdict(args), "SHA-256 of the rows": task.hashes}
+    parts = {"Settings": dataclasses.asdict(args), "Data, SHA-256": task.hashes}
     for title, values in (parts | {"Last metrics": run.last}).items():
         card += f"\n## {title}\n\n" + "".join(f"- {k}: {v}\n" for k, v in values.items())
     try:

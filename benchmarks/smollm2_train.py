@@ -3,7 +3,7 @@
     python benchmarks/smollm2_model.py smollm2-135m
     python benchmarks/smollm2_train.py smollm2-135m
 
-The model learns the format of smollm2/format.py: SFT from 64 demonstrations, the reward model from
+The model learns the format of smollm2/format.py: SFT from 96 demonstrations, the reward model from
 pairs.jsonl, PPO from prompts.jsonl. The 64 other questions of held_out.jsonl are then answered by
 the model as it was, by the SFT policy and by what the run has exported, each loaded and sampled by
 transformers.
@@ -37,8 +37,9 @@ DATA = {
     "--eval-prompts": "held_out.jsonl",
 }
 FLAGS = """--torch-threads 2 --response-length 24
---sft-texts 64 --sft-learning-rate 5e-5 --rm-learning-rate 2e-5
---batch-size 32 --total-episodes 320 --update-epochs 1 --critic-warmup 1 --learning-rate 1e-5"""
+--sft-texts 96 --sft-learning-rate 5e-5 --rm-learning-rate 2e-5
+--batch-size 32 --num-minibatches 4 --update-epochs 1 --total-episodes 512 --critic-warmup 1
+--learning-rate 2e-5 --value-learning-rate 5e-5"""
 
 
 def command(model: str, *more: str) -> list[str]:
