@@ -326,7 +326,7 @@ class Texts:
             generation = sys.modules["transformers"].GenerationConfig.from_pretrained(path)
             ends.append(generation.eos_token_id)
         ends = [x for end in ends for x in (end if isinstance(end, list) else [end])]
-        self.ends = [*dict.fromkeys(x for x in ends if x is not None)]  # [H4] any of them is EOS
+        self.ends = [*dict.fromkeys(x for x in ends if x is not None)]  # any of them is EOS
         self.num_tokens, self.stop = len(self.tokenizer), args.stop
         self.prompt_length, self.longest = 0, (0, "")  # P, and the longest text with its source
         if not self.ends or not self.text(self.tokenizer("a word").input_ids):
@@ -997,7 +997,7 @@ def train_rm(args, task, agent, run):
         loss, margins = rm_loss(model, chosen[indices], rejected[indices])
         return loss, {"train_accuracy": (margins > 0).float().mean().item()}
 
-    unseen = min(args.rm_test_pairs, len(chosen) // 2)
+    unseen = args.rm_test_pairs if task.gold else min(args.rm_test_pairs, len(chosen) // 2)
     sizes = (len(chosen) - unseen, args.rm_epochs, args.rm_batch_size)
     fit(args, "rm", model, loss_function, *sizes, args.rm_learning_rate, run)
     with torch.no_grad():

@@ -42,6 +42,8 @@ def test_training_command(command):
     assert end in done.stdout
     (run,) = (path.parent for path in Path("runs").glob("**/config.json"))
     files = {"config.json", "metrics.csv", "checkpoint.pt", re.search(r"ppo_\w+\.py", command)[0]}
+    if "rlhf" in command:
+        files |= {"samples.jsonl", "reference.pt", "reward_model.pt"}
     assert {path.name for path in run.iterdir()} == files
     assert Path("wandb").exists() == ("--track" in command)
 
