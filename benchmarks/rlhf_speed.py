@@ -1,4 +1,4 @@
-"""Episodes per second of an update of ppo_rlhf.py beside TRL's last PPOTrainer, run in turn.
+"""Episodes per second of an update of ppo_rlhf.py beside TRL's PPOTrainer, run in turn.
 
     python benchmarks/rlhf_speed.py --trl PYTHON    # of an environment with trl==1.9.0
 

@@ -706,8 +706,8 @@ def written(tokenizer, ends, prompt, response):
     messages = [*prompt, {"role": "assistant", "content": response}]
     text = tokenizer.apply_chat_template(messages, tokenize=False)
     ids = tokenizer(text, add_special_tokens=False).input_ids
-    prompt_ids = tokenizer.apply_chat_template(prompt, add_generation_prompt=True)["input_ids"]
-    n = len(prompt_ids)
+    start = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False)
+    n = len(tokenizer(start, add_special_tokens=False).input_ids)
     found = [i for i, token in enumerate(ids[n:], n) if token in ends]
     return ids[: found[0] + 1] if found else ids + ends[:1]
 
