@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import make_smollm2
 import ppo_rlhf
 from conftest import ROOT, metrics
 from test_text import requirements
@@ -91,6 +92,26 @@ def test_answering(files, tmp_path, capsys):
     torch.manual_seed(1)
     exec(code, {})
     assert len(capsys.readouterr().out) > 10
+
+
+def test_figures_are_those_of_the_run():
+    run, metrics, rows = results = make_smollm2.load()
+    assert PAGES["language_models"] == make_smollm2.page(*results)
+    kept = {name: make_smollm2.share(rows, name, "parses") for name in make_smollm2.POLICIES}
+    assert {n for _, n in kept.values()} == {64}
+    assert kept["before"][0] / 64 < 0.2 and kept["ppo"][0] / 64 > 0.8
+    assert run["seconds"] < 30 * 60
+    assert make_smollm2.saving(run, metrics)[1] < 0.01
+    assert abs(metrics["objective/kl"][0][2]) < 1e-3
+    assert max(value for *_, value in metrics["rollout/logp_mismatch"]) < 1e-3
+
+
+def test_what_parses():
+    parses = runpy.run_path(ROOT / "benchmarks" / "smollm2" / "format.py")["parses"]
+    _, _, rows = make_smollm2.load()
+    assert all(parses(row["answer"]) == (row["parses"] == "True") for row in rows)
+    assert parses("answer: the Suez Canal\nconfidence: high")
+    assert not parses("answer: the Suez Canal\nconfidence: high\n")
 
 
 def test_packages():
