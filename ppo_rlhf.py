@@ -1541,7 +1541,7 @@ class Run:
             try:
                 torch.save(data, file)
             except RuntimeError as error:  # how torch reports a full disk
-                raise OSError(error) from None
+                raise OSError(f"no space? {error}") from None
             file.flush()
             os.fsync(file.fileno())
         os.replace(file.name, self.folder / name)
