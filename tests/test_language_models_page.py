@@ -122,6 +122,32 @@ def test_packages():
     assert line.split() == [str(pins[name]) for name in ("transformers", "datasets")]
 
 
+def test_defaults_in_words():
+    real = ppo_rlhf.REAL
+    sizes = (real["batch_size"], real["response_length"])
+    page = " ".join(PAGES["language_models"].split())
+    assert "batches of {} responses of up to {} tokens".format(*sizes) in page
+    assert f"step size of {real['learning_rate']:.0e} for".replace("e-0", "e-") in page
+    assert f"and {real['value_learning_rate']:.0e} for the value".replace("e-0", "e-") in page
+    assert f"`--kl-coef {real['kl_coef']}`" in page
+    assert (real["sft_epochs"], real["rm_epochs"]) == (1, 1)
+
+
+def test_defaults_in_the_table_of_options():
+    """TRL's, then ours, then ours with --model where that is another."""
+    args, checked = ppo_rlhf.Args(), 0
+    for flag, cell in re.findall(r"(?m)^\| `\w+` \| `--([a-z-]+)` \| (.+?) \|", PAGES["migrating"]):
+        name = flag.replace("-", "_")
+        _, *ours = re.sub(r"(?<=\d),(?=\d{3})", "", cell).split(", ")
+        if not ours or isinstance(getattr(args, name), bool | str | tuple | None):
+            continue
+        both = [getattr(args, name), ppo_rlhf.REAL.get(name, getattr(args, name))]
+        expected = both[:1] if both[0] == both[1] else both
+        assert [float(x) for x in ours] == expected, flag
+        checked += 1
+    assert checked >= 12
+
+
 def test_every_flag_is_one(files):
     """What the tables name exists."""
     flags = {flag for page in PAGES.values() for flag in re.findall(r"`(--[a-z-]+)", page)}
