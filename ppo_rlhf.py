@@ -651,8 +651,8 @@ def pretrained(kind, path, **options):
 
 
 def pretrained_model(path, task, kind="CausalLM"):
-    """In fp32, whatever the file has [H19], and without dropout [H9]."""
-    options = {"dtype": torch.float32, "output_loading_info": True}
+    """A model with all its weights, as long and as wide as the texts need it."""
+    options = {"dtype": torch.float32, "output_loading_info": True}  # [H19] whatever the file has
     model, found = pretrained(f"AutoModelFor{kind}", path, **options)
     if found["missing_keys"]:
         fail(f"{path} lacks weights: {', '.join(found['missing_keys'])}")
@@ -668,7 +668,7 @@ def pretrained_model(path, task, kind="CausalLM"):
         fail(f"{path}: {rows} rows of embeddings are too few for {task.num_tokens} tokens")
     if not nn.utils.get_total_norm(model.parameters()).isfinite():
         fail(f"{path}: weights are not finite")
-    return model.eval()
+    return model.eval()  # [H9] no dropout
 
 
 def scalar_model(path, task, model, will_learn=True):
@@ -704,7 +704,7 @@ def generate(policy, prompts, response_length, has_ended, generator):
     cache = None
     for t in range(response_length):
         logits, cache = policy(tokens[:, : P + t], 1, cache, use_cache=True)  # [H13]
-        step = Categorical(logits=logits[:, -1], validate_args=False)
+        step = Categorical(logits=logits.squeeze(1), validate_args=False)
         action = torch.multinomial(step.probs, 1, generator=generator).squeeze(1)
         logprobs[:, t] = step.log_prob(action).masked_fill(ended, 0.0)
         tokens[:, P + t] = action.masked_fill(ended, PAD)  # [H41] cut behind EOS

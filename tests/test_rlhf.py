@@ -791,6 +791,13 @@ def test_truncate_stops_when_all_have_ended():
     assert len(policy.model.inputs) == 3
 
 
+def test_truncate_does_not_look_at_the_prompt():
+    policy = one_hot_policy([5, 13, 7], [5, 6, 7])
+    prompts = torch.tensor([[3, 13], [PAD, 13]])
+    tokens, _ = rlhf.generate(policy, prompts, 3, ends_at(13), generator())
+    assert tokens[:, 2:].tolist() == [[5, 13, PAD], [5, 6, 7]]
+
+
 def test_truncate_does_not_change_what_is_sampled():
     """A sampler that never stops draws the same tokens up to EOS."""
     policy = new_agent(temperature=4.0).policy

@@ -936,6 +936,9 @@ def spoil(folder, how):
         name = sorted(tensors)[0]
         tensors[name].view(-1)[3] = math.nan
         save_file(tensors, path, metadata={"format": "pt"})
+    elif how == "incomplete":
+        del tensors[sorted(tensors)[0]]
+        save_file(tensors, path, metadata={"format": "pt"})
     elif how == "truncated":
         path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     elif how == "no config":
@@ -948,6 +951,7 @@ def spoil(folder, how):
         ("missing", ["nowhere"]),
         ("no config", ["model"]),
         ("nan", ["not finite"]),
+        ("incomplete", ["lacks weights: transformer.h.0."]),
         ("truncated", ["model"]),
     ],
 )
