@@ -1495,10 +1495,8 @@ class Run:
             ]
             self.files[1].writelines(json.dumps(sample) + "\n" for sample in samples)
             if self.wandb:
-                cells = [
-                    [str(x) if isinstance(x, list) else x for x in y.values()] for y in samples
-                ]
-                table = sys.modules["wandb"].Table([*samples[0]], cells)
+                rows = [[*sample.values()] for sample in samples]
+                table = sys.modules["wandb"].Table([*samples[0]], rows)
                 self.wandb.log({"global_step": global_step, "samples": table})
 
     def check_finite(self, global_step: int, last_step_good=True, **data):

@@ -280,6 +280,15 @@ def test_tokenizer_that_appends_eos(kind, models):
         assert not {*task.ends} & {*tokens.tolist()}, row
 
 
+def test_tokenizer_that_appends_eos_to_almost_nothing(models):
+    """One token is left of a prompt of one, and of one that is EOS itself."""
+    for text in ("x", load(models / "gpt2").tokenizer.eos_token):
+        task, rows = read(models / "gpt2-eos", "prompts", [{"prompt": text}])
+        plain = task.tokenizer(text, add_special_tokens=False).input_ids
+        assert len(plain) == 1
+        assert rlhf.write_texts(task, rows).tolist() == [plain]
+
+
 @pytest.mark.parametrize("kind", tiny.KINDS)
 def test_a_completion_ends_with_eos_once(kind, models):
     """With one of its own in the text, too; a completion that is too long has none."""
