@@ -289,6 +289,18 @@ def test_tokenizer_that_appends_eos_to_almost_nothing(models):
         assert rlhf.write_texts(task, rows).tolist() == [plain]
 
 
+def test_chats_are_written_by_a_template_that_asks_otherwise(models):
+    """What it puts before an answer to come is in no conversation: the answer follows all of it."""
+    task = load(models / "qwen2")
+    loop = "{% for x in messages %}[{{ x.role }}]{{ x.content }}{% endfor %}"
+    task.tokenizer.chat_template = (
+        turns_ + "{% if add_generation_prompt %}[assistant]<think>{% endif %}"
+    )
+    start, end = task.ids({"prompt": turns("a film")[:1], "completion": "good"})
+    plain = task.tokenizer(["[user]a film[assistant]<think>", "good"]).input_ids
+    assert [start, end] == [plain[0], [*plain[1], task.ends[0]]]
+
+
 @pytest.mark.parametrize("kind", tiny.KINDS)
 def test_a_completion_ends_with_eos_once(kind, models):
     """With one of its own in the text, too; a completion that is too long has none."""
