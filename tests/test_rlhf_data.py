@@ -294,7 +294,7 @@ def test_chats_are_written_by_a_template_that_asks_otherwise(models):
     task = load(models / "qwen2")
     loop = "{% for x in messages %}[{{ x.role }}]{{ x.content }}{% endfor %}"
     task.tokenizer.chat_template = (
-        turns_ + "{% if add_generation_prompt %}[assistant]<think>{% endif %}"
+        loop + "{% if add_generation_prompt %}[assistant]<think>{% endif %}"
     )
     start, end = task.ids({"prompt": turns("a film")[:1], "completion": "good"})
     plain = task.tokenizer(["[user]a film[assistant]<think>", "good"]).input_ids
