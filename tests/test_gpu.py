@@ -42,6 +42,7 @@ def compiling(monkeypatch):
     monkeypatch.delenv("TORCHDYNAMO_DISABLE")
 
 
+@pytest.mark.slow
 def test_rehearsal(tmp_path):
     """The first call on one script, but for the ranks."""
     parts = ("facts", "right", "variants")
@@ -134,6 +135,7 @@ FLAGS = ["--num-envs", "2", "--num-steps", "16", "--total-timesteps", "96", "--n
 FLAGS += ["--num-minibatches", "2", "--torch-threads", "1"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", ["captured", "reduce-overhead"])
 def test_a_variant_learns_what_the_script_learns(variant):
     """Of a captured graph only that its copies of the batch are right shows without a GPU."""
