@@ -275,8 +275,14 @@ def watch(module, minibatches: list):
 
 def same_on_cpu(agent, path: Path) -> bool:
     """Whether a checkpoint has the agent's weights, on the CPU wherever they were written."""
-    saved = torch.load(path, map_location="cpu", weights_only=True)["agent"]
-    state = agent.state_dict()
+    data = torch.load(path, map_location="cpu", weights_only=True)
+    models = data.get("models", {})  # of ppo_rlhf.py, and beside them those that learn no more
+    for name in data.get("frozen", ()):
+        models[name] = torch.load(path.parent / f"{name}.pt", map_location="cpu", weights_only=True)
+    parts = {f"{model}.{name}": x for model in models for name, x in models[model].items()}
+    saved, state = data.get("agent", parts), agent.state_dict()
+    if models:  # its value model is not kept to the end
+        state = {name: x for name, x in state.items() if not name.startswith("value_model.")}
     return saved.keys() == state.keys() and all(
         saved[name].device.type == "cpu" and torch.equal(saved[name], value.cpu())
         for name, value in state.items()
