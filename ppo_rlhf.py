@@ -56,8 +56,10 @@ import signal
 import subprocess
 import sys
 import time
+import weakref
 from collections.abc import Callable
 from itertools import chain, count, pairwise, repeat, takewhile
+from operator import call
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Annotated, Literal, NamedTuple, get_args, get_type_hints
@@ -65,9 +67,15 @@ from typing import Annotated, Literal, NamedTuple, get_args, get_type_hints
 import numpy as np
 import torch
 import tyro
+from torch import distributed as dist
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.distributions import Categorical
 from torch.nn.functional import gelu, logsigmoid, pad, scaled_dot_product_attention
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 # ------------------------------------------------------------------------------------------------
@@ -96,6 +104,14 @@ class Args:
     track: bool = False  # log to Weights & Biases, too
     wandb_project_name: str = "ppo37"  # W&B project
     wandb_entity: str | None = None  # W&B team; None: your own account
+
+    precision: Literal["fp32", "bf16", "pure-bf16"] = "fp32"  # bf16: autocast; pure: weights, too
+    gradient_checkpointing: bool = False  # keep what goes into a layer, compute the rest again
+    logprob_chunk: Count = 4096  # tokens whose logits are in memory at a time
+    lora_rank: Whole = 0  # train adapters of this rank only, on weights that all models share
+    merge: bool = False  # write whole models, not adapters
+    fsdp: bool = False  # under torchrun, each GPU holds a part of each model (FSDP2)
+    plan: bool = False  # print what memory these settings need, and stop
 
     task: Literal["reviews", "sort"] = "reviews"  # sort: a verifiable reward, other defaults
     model: str | None = None  # causal model of Hugging Face, folder or hub id; no task then
@@ -175,6 +191,9 @@ REAL = dict(sft_texts=10**9, sft_epochs=1, sft_batch_size=8, sft_learning_rate=2
 REAL |= dict(rm_pairs=10**9, rm_test_pairs=64, rm_epochs=1, rm_batch_size=8, rm_learning_rate=1e-5)
 REAL |= dict(response_length=64, batch_size=64, micro_batch_size=8, eval_episodes=64)
 REAL |= dict(total_episodes=6400, learning_rate=3e-6, value_learning_rate=1e-5, kl_coef=0.05)
+REAL |= dict(logprob_chunk=512)
+LORA = dict(sft_learning_rate=2e-4, rm_learning_rate=1e-4)  # of adapters, which start at nothing
+LORA |= dict(learning_rate=3e-5, value_learning_rate=1e-4)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -348,6 +367,8 @@ class Texts:
         for kind, path in [(kind, path) for kind, path in zip(KEYS, paths, strict=True) if path]:
             rows = []
             for number, line in enumerate(read_rows(path), 1):
+                if isinstance(line, bytes) and not line.strip():
+                    continue
                 try:
                     row = usable_row(json.loads(line) if isinstance(line, bytes) else line, kind)
                     texts = [row | {"completion": row[key]} for key in KEYS[kind]] or [row]
@@ -512,18 +533,48 @@ class Block(nn.Module):
         return x + self.down(gelu(self.up(self.norm2(x)))), (k, v)
 
 
-class Transformer(nn.Module):
-    """A small GPT, called and answering like the models of Hugging Face."""
+class Cache(list):
+    """Keys and values of each layer."""
 
-    base_model = property(lambda model: model)
+    def reorder_cache(self, rows):
+        self[:] = [(k[rows], v[rows]) for k, v in self]
 
-    def __init__(self, num_tokens, max_length, d_model, num_layers, num_heads):
+
+class Trunk(nn.Module):
+    """A Transformer without a head."""
+
+    def __init__(self, rows, max_length, d_model, num_layers, num_heads):
         super().__init__()
-        self.config = SimpleNamespace(hidden_size=d_model)
-        rows = math.ceil(num_tokens / 64) * 64  # some of no use, as in most real models
         self.tokens, self.positions = nn.Embedding(rows, d_model), nn.Embedding(max_length, d_model)
         self.blocks = nn.ModuleList(Block(d_model, num_heads) for _ in range(num_layers))
         self.norm = nn.LayerNorm(d_model)
+
+    def forward(self, input_ids, attention_mask, position_ids, cache=None, **_):
+        """input_ids and position_ids [B, s]: the last s of the S columns of attention_mask [B, S]
+
+        -> last_hidden_state [B, s, d], cache
+        """
+        s, S = input_ids.shape[1], attention_mask.shape[1]
+        causal = torch.ones(s, S, dtype=torch.bool, device=input_ids.device).tril(S - s)
+        itself = causal.triu(S - s)  # always visible: padding that sees nothing would be NaN
+        visible = (attention_mask.bool()[:, None, None] & causal) | itself
+        x, new = self.tokens(input_ids) + self.positions(position_ids), Cache()
+        for block, past in zip(self.blocks, cache or repeat(None), strict=False):
+            x, keys_values = block(x, visible, past)
+            new.append(keys_values)
+        return SimpleNamespace(last_hidden_state=self.norm(x), cache=new)
+
+
+class Transformer(nn.Module):
+    """A small GPT, called and answering like the models of Hugging Face."""
+
+    get_decoder = lambda model: model.base_model  # noqa: E731
+
+    def __init__(self, num_tokens, max_length, d_model, *sizes):
+        super().__init__()
+        self.config = SimpleNamespace(hidden_size=d_model)
+        rows = math.ceil(num_tokens / 64) * 64  # some of no use, as in most real models
+        self.base_model = Trunk(rows, max_length, d_model, *sizes)
         self.lm_head = nn.Linear(d_model, rows, bias=False)
         for name, parameter in self.named_parameters():
             if parameter.dim() == 2:
@@ -531,23 +582,11 @@ class Transformer(nn.Module):
             elif name.endswith("bias"):
                 nn.init.zeros_(parameter)
 
-    def forward(self, input_ids, attention_mask, position_ids, cache=None, logits_to_keep=0, **_):
-        """input_ids and position_ids [B, s]: the last s of the S columns of attention_mask [B, S]
-
-        -> logits of the last columns [B, logits_to_keep or s, rows], last_hidden_state [B, s, d],
-        cache: keys and values of each layer
-        """
-        s, S = input_ids.shape[1], attention_mask.shape[1]
-        causal = torch.ones(s, S, dtype=torch.bool, device=input_ids.device).tril(S - s)
-        itself = causal.triu(S - s)  # always visible: padding that sees nothing would be NaN
-        visible = (attention_mask.bool()[:, None, None] & causal) | itself
-        x, new = self.tokens(input_ids) + self.positions(position_ids), []
-        for block, past in zip(self.blocks, cache or repeat(None), strict=False):
-            x, keys_values = block(x, visible, past)
-            new.append(keys_values)
-        x = self.norm(x)
-        logits = self.lm_head(x[:, -logits_to_keep:])
-        return SimpleNamespace(logits=logits, last_hidden_state=x, cache=new)
+    def forward(self, logits_to_keep=0, **inputs):
+        """Trunk's output, with logits of the last columns [B, logits_to_keep or s, rows]"""
+        output = self.base_model(**inputs)
+        output.logits = self.lm_head(output.last_hidden_state[:, -logits_to_keep:])
+        return output
 
 
 def read(model, tokens, first=0, **options):
@@ -562,9 +601,10 @@ def read(model, tokens, first=0, **options):
 class Policy(nn.Module):
     """A language model as a policy; the only place that knows vocabulary and temperature."""
 
-    def __init__(self, model, num_tokens, temperature):
+    def __init__(self, model, num_tokens, temperature=1.0, chunk=4096):
         super().__init__()
-        self.model, self.num_tokens, self.temperature = model, num_tokens, temperature
+        self.model, self.num_tokens = model, num_tokens
+        self.temperature, self.chunk = temperature, chunk
         names = inspect.signature(model.forward).parameters  # transformers before 5.24
         self.cache_name = "past_key_values" if "past_key_values" in names else "cache"
 
@@ -573,14 +613,55 @@ class Policy(nn.Module):
         first = 0 if cache is None else tokens.shape[1] - 1
         options = {"use_cache": use_cache, self.cache_name: cache, "logits_to_keep": columns}
         output = read(self.model, tokens, first, **options)  # [H13]
-        logits = output.logits[..., : self.num_tokens].float()  # [H15] [H19]
-        return logits / self.temperature, getattr(output, self.cache_name)  # [H10]
+        return self.scaled(output.logits), getattr(output, self.cache_name)
+
+    def scaled(self, logits):
+        return logits[..., : self.num_tokens].float() / self.temperature  # [H10] [H15] [H19]
 
     def responses(self, tokens, prompt_length):
         """tokens [B, P + R] -> the distribution each token of a response is drawn from [B, R]"""
-        R = tokens.shape[1] - prompt_length
-        logits, _ = self(tokens[:, :-1], R)  # [H14] what comes out at one column is about the next
-        return Categorical(logits=logits, validate_args=False)
+        outputs = []
+        hook = self.model.get_decoder().register_forward_hook(lambda *x: outputs.append(x[-1]))
+        self(tokens[:, :-1], 1)
+        hook.remove()
+        return Words(self, outputs[0], prompt_length)  # [H14] one column is about the next
+
+
+class Words:
+    """Categorical(logits=...) of words, without ever having all logits in memory.
+
+    Of `chunk` hidden states at a time the model's own head makes logits, with whatever it caps and
+    scales them by; a backward pass makes them once more.
+    """
+
+    def __init__(self, policy, output, prompt_length):
+        self.policy, self.output = policy, output
+        self.hidden = output.last_hidden_state[:, prompt_length - 1 :]  # [B, R, d]
+
+    def log_prob(self, actions):
+        """[B, R] -> [B, R]; entropy() is known after it"""
+        chunks = [x.flatten(0, 1).split(self.policy.chunk) for x in (self.hidden, actions)]
+        run = functools.partial(checkpoint, use_reentrant=False) if len(chunks[0]) > 1 else call
+        parts = [run(self.of_chunk, *chunk) for chunk in zip(*chunks, strict=True)]
+        logprobs, self.entropies = (torch.cat(x).view_as(actions) for x in zip(*parts, strict=True))
+        return logprobs
+
+    def entropy(self):
+        return self.entropies
+
+    def of_chunk(self, hidden, actions):
+        """[n, d] and [n] -> log-probabilities and entropies [n]"""
+        model, output = self.policy.model, type(self.output)(last_hidden_state=hidden[None])
+        trunk = model.get_decoder()
+        trunk.forward = lambda *_, **__: output
+        try:
+            logits = model(input_ids=actions[None], use_cache=False).logits
+        finally:
+            del trunk.forward
+        words = Categorical(logits=self.policy.scaled(logits[0]), validate_args=False)
+        with torch.no_grad():
+            entropies = words.entropy()
+        return words.log_prob(actions), entropies
 
 
 class ScalarModel(nn.Module):
@@ -588,8 +669,7 @@ class ScalarModel(nn.Module):
 
     def __init__(self, model):
         super().__init__()
-        d_model, self.model = model.config.hidden_size, copy.deepcopy(model.base_model)
-        self.model.lm_head = nn.Identity()  # no words [H30]
+        d_model, self.model = model.config.hidden_size, twin(model.base_model)  # no words [H30]
         self.head = nn.Linear(d_model, 1)
         nn.init.normal_(self.head.weight, std=1 / (d_model + 1) ** 0.5)  # [H23] variance 1/(d+1)
         nn.init.zeros_(self.head.bias)
@@ -597,12 +677,12 @@ class ScalarModel(nn.Module):
     def forward(self, tokens):
         """tokens [B, S] -> [B, S]"""
         hidden = read(self.model, tokens, use_cache=False).last_hidden_state
-        return self.head(hidden).squeeze(-1).float()
+        return self.head(hidden.to(self.head.weight.dtype)).sum(-1).float()  # FSDP2 wants no view
 
     @torch.no_grad()
     def normalize(self, scores):
         """[H28] Give scores like these mean 0 and standard deviation 1 from now on."""
-        std, mean = torch.std_mean(scores, correction=0)
+        std, mean = (x.item() for x in torch.std_mean(scores, correction=0))
         self.head.weight /= std + 1e-8
         self.head.bias.sub_(mean).div_(std + 1e-8)
 
@@ -613,30 +693,56 @@ class Agent(nn.Module):
     def __init__(self, task, args):
         super().__init__()
         self.prompt_length, length = task.prompt_length, task.prompt_length + args.response_length
-        if args.model:
-            model = pretrained_model(args.model, task)
-        else:
-            sizes = (args.d_model, args.num_layers, args.num_heads)
-            model = Transformer(task.num_tokens, length, *sizes)
-        self.policy = Policy(model, task.num_tokens, args.temperature)
-        self.reference, self.reward_model = copy.deepcopy(self.policy), None  # [H37]
-        if args.ref_model:
-            self.reference.model = pretrained_model(args.ref_model, task)
-        self.reference.requires_grad_(False)
+        sizes = (args.d_model, args.num_layers, args.num_heads)
+        model = None if args.model else Transformer(task.num_tokens, length, *sizes)
+        model = model or pretrained_model(args.model, task, args)
+        self.policy = Policy(model, task.num_tokens, args.temperature, args.logprob_chunk)
+        self.reference, self.reward_model = twin(self.policy), None  # [H37]
         if args.rm_coef:
             learns = "rm" in args.stages or args.load or args.resume
-            self.reward_model = scalar_model(args.reward_model, task.judge, model, learns)
+            path = args.reward_model
+            self.reward_model = scalar_model(path, task.judge, model, args, learns)
         if args.value_model or args.value_init == "sft" or not args.rm_coef:
-            self.value_model = scalar_model(args.value_model, task, model)
+            self.value_model = scalar_model(args.value_model, task, model, args)
         elif task.judge is task:
-            self.value_model = copy.deepcopy(self.reward_model)  # shares nothing with the policy
+            self.value_model = twin(self.reward_model)  # shares nothing that learns
         else:
             fail(f"--value-init rm: {args.reward_model} has another tokenizer than {args.model}")
+        if args.ref_model:
+            self.reference.model = pretrained_model(args.ref_model, task, args)
+        self.reference.requires_grad_(False)
 
     def forward(self, tokens):
         """tokens [M, P + R] -> distribution of response tokens [M, R], values before them [M, R]"""
         values = self.value_model(tokens[:, :-1])[:, self.prompt_length - 1 :]  # [H14]
         return self.policy.responses(tokens, self.prompt_length), values
+
+
+def twin(module):
+    """A copy that shares what does not learn: of a model with adapters, all but these."""
+    shared = [x for x in chain(module.parameters(), module.buffers()) if not x.requires_grad]
+    return copy.deepcopy(module, {id(x): x for x in shared})
+
+
+def frugal(policy_or_scalar, args, device):
+    """What saves memory, in the order in which it has to be done."""
+    if args.fsdp:  # what is sharded cannot be shared
+        policy_or_scalar.model = copy.deepcopy(policy_or_scalar.model)
+    model = policy_or_scalar.model
+    layers = next(x for x in model.modules() if isinstance(x, nn.ModuleList))
+    if args.precision == "pure-bf16" and not args.plan:
+        model.to(torch.bfloat16)
+    for layer in layers if args.gradient_checkpointing else ():
+        layer.forward = functools.partial(
+            checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False
+        )
+    if args.precision == "bf16":
+        model.forward = torch.autocast(device.type, torch.bfloat16)(model.forward)
+    root = model if isinstance(policy_or_scalar, Policy) else policy_or_scalar
+    for module in (*layers, root) if args.fsdp else ():
+        fully_shard(module, reshard_after_forward=True)
+        module.set_gradient_divide_factor(1.0)  # a sum, as in add_up
+        module.set_force_sum_reduction_for_comms(True)
 
 
 def pretrained(kind, path, **options):
@@ -650,11 +756,16 @@ def pretrained(kind, path, **options):
         fail(f"{path}: {type(error).__name__}: {error}")
 
 
-def pretrained_model(path, task, kind="CausalLM"):
-    """A model with all its weights, as long and as wide as the texts need it."""
+def pretrained_model(path, task, args, kind="CausalLM"):
+    """A model with all its weights, as long and as wide as the texts need it, and an adapter."""
     options = {"dtype": torch.float32, "output_loading_info": True}  # [H19] whatever the file has
-    model, found = pretrained(f"AutoModelFor{kind}", path, **options)
-    if found["missing_keys"]:
+    if args.plan:  # from its config alone
+        config, transformers = pretrained("AutoConfig", path), sys.modules["transformers"]
+        auto, found = getattr(transformers, f"AutoModelFor{kind}"), {}
+        model = auto.from_config(config, dtype=torch.float32)
+    else:
+        model, found = pretrained(f"AutoModelFor{kind}", path, **options)
+    if found.get("missing_keys"):
         fail(f"{path} lacks weights: {', '.join(found['missing_keys'])}")
     kinds = "".join(model.config.architectures or "")
     if "Classification" in kinds and kind == "CausalLM":
@@ -666,19 +777,33 @@ def pretrained_model(path, task, kind="CausalLM"):
     rows = model.get_input_embeddings().num_embeddings
     if task.num_tokens > rows:
         fail(f"{path}: {rows} rows of embeddings are too few for {task.num_tokens} tokens")
-    if not nn.utils.get_total_norm(model.parameters()).isfinite():
+    if not (args.plan or nn.utils.get_total_norm(model.parameters()).isfinite()):
         fail(f"{path}: weights are not finite")
+    if args.lora_rank:
+        trunk, rank = model.requires_grad_(False).base_model, args.lora_rank
+        package("peft", "--lora-rank").inject_adapter_in_model(lora_config(trunk, rank), trunk)
     return model.eval()  # [H9] no dropout
 
 
-def scalar_model(path, task, model, will_learn=True):
+def lora_config(trunk, rank, **more):
+    """Adapters for all products of the layers; their output counts twice, as is usual."""
+    conv1d = sys.modules["transformers"].pytorch_utils.Conv1D  # GPT-2's, transposed
+    products = {n: x for n, x in trunk.named_modules() if isinstance(x, (nn.Linear, conv1d))}
+    names = {n.removesuffix(".base_layer") for n in products if "lora_" not in n}
+    names = sorted({name.rpartition(".")[2] for name in names})
+    transposed = any(isinstance(x, conv1d) for x in products.values())
+    names = dict(target_modules=names, fan_in_fan_out=transposed)
+    return sys.modules["peft"].LoraConfig(r=rank, lora_alpha=2 * rank, **names, **more)
+
+
+def scalar_model(path, task, model, args, will_learn=True):
     """A sequence classifier as it is; of a causal model, or of `model`, the head is new."""
     kinds = pretrained("AutoConfig", path).architectures if path else None
     if "Classification" not in "".join(kinds or ""):
         if path and not will_learn:
             fail(f"{path} has no head that says what a text is worth; train one with --pref-data")
-        return ScalarModel(pretrained_model(path, task) if path else model)
-    classifier = pretrained_model(path, task, "SequenceClassification")
+        return ScalarModel(pretrained_model(path, task, args) if path else model)
+    classifier = pretrained_model(path, task, args, "SequenceClassification")
     if classifier.num_labels != 1:
         fail(f"{path} says {classifier.num_labels} numbers of a text, it must be one")
     scalar = ScalarModel(classifier)
@@ -692,26 +817,38 @@ def scalar_model(path, task, model, will_learn=True):
 
 
 @torch.no_grad()
-def generate(policy, prompts, response_length, has_ended, generator):
-    """Sample responses, until EOS or for R tokens: softmax, nothing else warps it [H11].
+def generate(policy, prompts, response_length, has_ended, uniforms):
+    """Sample responses, until EOS or for R tokens: softmax, nothing else warps it.
 
-    prompts [B, P] -> tokens [B, P + R] with padding after EOS, their log-probabilities [B, R]
+    A token is where its uniform number falls in the cumulative distribution, so what else is in
+    the batch does not matter. Equal prompts are read once; a text that has ended leaves the batch.
+    prompts [B, P], uniforms [B, R] from [0, 1)
+    -> tokens [B, P + R] with padding after EOS, their log-probabilities [B, R]
     """
     B, P = prompts.shape
-    tokens = pad(prompts, (0, response_length), value=PAD)
-    logprobs = torch.zeros(B, response_length, device=prompts.device)
-    ended = torch.zeros(B, dtype=torch.bool, device=prompts.device)
-    cache = None
+    tokens = pad(prompts, (0, response_length, 0, 1), value=PAD)  # one row more, of no meaning
+    logprobs = torch.zeros(B + 1, response_length, device=prompts.device)
+    uniforms = pad(uniforms, (0, 0, 0, 1))
+    prompts, rows = prompts.unique(dim=0, return_inverse=True)
+    logits, cache = policy(prompts, 1, use_cache=True)
+    logits, alive = logits[rows], torch.arange(B, device=prompts.device)
+    cache.reorder_cache(rows)
     for t in range(response_length):
-        logits, cache = policy(tokens[:, : P + t], 1, cache, use_cache=True)  # [H13]
+        if t > 0:
+            logits, cache = policy(tokens[alive, : P + t], 1, cache, use_cache=True)  # [H13]
         step = Categorical(logits=logits.squeeze(1), validate_args=False)
-        action = torch.multinomial(step.probs, 1, generator=generator).squeeze(1)
-        logprobs[:, t] = step.log_prob(action).masked_fill(ended, 0.0)
-        tokens[:, P + t] = action.masked_fill(ended, PAD)  # [H41] cut behind EOS
-        ended |= has_ended(tokens[:, P : P + t + 1])
-        if ended.all():  # [H12]
+        below = step.probs.double().cumsum(1)
+        drawn = uniforms[alive, t, None] * below[:, -1:]
+        action = torch.searchsorted(below, drawn, right=True)  # [H11]
+        tokens[alive, P + t] = action.squeeze(1)  # [H41] nothing behind EOS
+        logprobs[alive, t] = step.log_prob(action.squeeze(1))
+        goes_on = (~has_ended(tokens[alive, P : P + t + 1]) & (alive < B)).nonzero().squeeze(1)
+        if not any(of_all_ranks(len(goes_on))):  # [H12]
             break
-    return tokens, logprobs
+        if len(goes_on) < len(alive):
+            alive = alive[goes_on] if len(goes_on) else torch.full_like(alive[:1], B)
+            cache.reorder_cache(goes_on if len(goes_on) else goes_on.new_zeros(1))
+    return tokens[:B], logprobs[:B]
 
 
 def response_logprobs(policy, tokens, prompt_length):
@@ -721,10 +858,9 @@ def response_logprobs(policy, tokens, prompt_length):
     return logprobs.masked_fill(responses == PAD, 0.0)
 
 
-def sft_loss(policy, tokens, prompt_length):
+def sft_loss(policy, tokens, prompt_length, num_tokens):
     """Cross-entropy of the responses, EOS included [H4], prompts and padding not [H20]."""
-    count = (tokens[:, prompt_length:] != PAD).sum()
-    return -response_logprobs(policy, tokens, prompt_length).sum() / count
+    return -response_logprobs(policy, tokens, prompt_length).sum() / num_tokens
 
 
 def reward_scores(reward_model, tokens):
@@ -735,10 +871,10 @@ def reward_scores(reward_model, tokens):
     return reward_model(tokens).gather(1, last).squeeze(1)
 
 
-def rm_loss(reward_model, chosen, rejected):
+def rm_loss(reward_model, chosen, rejected, num_pairs):
     """[H22] -log sigmoid(r_chosen - r_rejected), of Bradley and Terry -> loss [], margins [B]"""
     margins = torch.sub(*reward_scores(reward_model, torch.cat([chosen, rejected])).chunk(2))
-    return -logsigmoid(margins).mean(), margins.detach()
+    return -logsigmoid(margins).sum() / num_pairs, margins.detach()
 
 
 def kl_estimate(logratio, estimator):
@@ -853,6 +989,17 @@ def ppo_loss(agent, minibatch, num_tokens, clip_coef, clip_coef_high, vf_coef, c
     return loss, {name: value.detach() for name, value in stats.items()}
 
 
+def micro_batches(rows, size):
+    """[H57] Some of the rows [n] at a time, of those that are this rank's [X2], and a factor.
+
+    All ranks take equally many steps; one that has nothing left takes a row with the factor 0.
+    """
+    rank, ranks = rank_of()
+    for i in range(0, math.ceil(len(rows) / ranks), size):
+        some = rows[rank::ranks][i : i + size]
+        yield (some, 1.0) if len(some) else (rows[:1], 0.0)
+
+
 def ppo_gradient(agent, batch, indices, ptx_tokens, ptx_coef, micro_size, max_grad_norm, *others):
     """Leave the clipped gradient of ppo_loss for the minibatch batch[indices] in the parameters.
 
@@ -862,17 +1009,20 @@ def ppo_gradient(agent, batch, indices, ptx_tokens, ptx_coef, micro_size, max_gr
     """
     *batch, lengths = batch
     indices = indices[lengths[indices].argsort()]
-    minibatch = [x[indices.to(x.device, non_blocking=True)] for x in batch]
-    num_tokens, stats = minibatch[-1].sum(), {}  # [H57]
-    parts = [x.split(micro_size) for x in (*minibatch, lengths[indices])]
-    for *part, longest in zip(*parts, strict=True):
-        padding = part[-1].shape[1] - longest.max().item()
-        short = [x[:, : x.shape[1] - padding] for x in part]
+    num_tokens, stats = lengths[indices].sum().item(), {}
+    for part, factor in micro_batches(indices, micro_size):
+        padding = batch[-1].shape[1] - lengths[part].max().item()
+        texts = [x[part.to(x.device, non_blocking=True)] for x in batch]
+        short = [x[:, : x.shape[1] - padding] for x in texts]
         loss, part_stats = ppo_loss(agent, short, num_tokens, *others)
-        loss.backward()
-        stats = {name: stats.get(name, 0.0) + value for name, value in part_stats.items()}
+        (factor * loss).backward()
+        stats = {name: stats.get(name, 0.0) + factor * x for name, x in part_stats.items()}
     if ptx_tokens is not None:  # [H64]
-        (ptx_coef * sft_loss(agent.policy, ptx_tokens, agent.prompt_length)).backward()
+        P = agent.prompt_length
+        num_tokens = (ptx_tokens[:, P:] != PAD).sum()
+        for part, factor in micro_batches(ptx_tokens, micro_size):
+            (ptx_coef * factor * sft_loss(agent.policy, part, P, num_tokens)).backward()
+    add_up(agent, stats)  # [X2]
     for name, network in (("policy", agent.policy), ("val", agent.value_model)):
         norm = nn.utils.clip_grad_norm_(network.parameters(), max_grad_norm)  # [H39]
         stats[f"{name}/grad_norm"] = norm
@@ -895,6 +1045,8 @@ def train(args: Args) -> Agent:
         task.load(args)
     agent = Agent(task, args).to(device)
     run = Run(args, device, agent)
+    for model in agent.children():
+        frugal(model, args, device)
     functions = {"sft": train_sft, "rm": train_rm, "ppo": train_ppo, "eval": evaluate}
     for stage in args.stages.split(","):
         if run.begins(stage) and (stage != "rm" or args.rm_coef):
@@ -912,17 +1064,38 @@ def stream(args, *key):
     return np.random.default_rng([args.seed, 0, *key])  # [seed, rank, stage, step] [H18]
 
 
+def spread(function, size, *tensors):
+    """function(rows of the tensors), without gradients and some rows at a time, each rank its share
+
+    -> what it says of all rows, a list of tensors [n, ...]
+    """
+    parts, device = [], None
+    with torch.no_grad():
+        for rows, factor in micro_batches(torch.arange(len(tensors[0])), size):
+            outputs = function(*(x[rows.to(x.device)] for x in tensors))
+            device = outputs[0].device
+            parts += [(rows, *(x.cpu() for x in outputs))] if factor else []
+    rows, *outputs = [torch.cat(x) for x in zip(*chain(*of_all_ranks(parts)), strict=True)]
+    return [x[rows.argsort()].to(device) for x in outputs]
+
+
 def sample(args, task, policy, prompts, rng):
     """prompts [n, P] on the CPU -> tokens [n, P + R], log-probabilities [n, R]"""
     device = next(policy.parameters()).device
-    generator = torch.Generator(device).manual_seed(int(rng.integers(2**62)))
-    return generate(policy, prompts.to(device), args.response_length, task.ended, generator)
+    uniforms = torch.as_tensor(rng.random((len(prompts), args.response_length)))
+
+    def write(prompts, uniforms):
+        R = args.response_length
+        return generate(policy, prompts.to(device), R, task.ended, uniforms.to(device))
+
+    return spread(write, len(prompts), prompts, uniforms)
 
 
 def fit(args, stage, model, loss_function, rows, epochs, batch_size, learning_rate, run):
-    """Minimize loss_function(indices of rows) by AdamW, in `epochs` passes over them."""
+    """Minimize loss_function(some rows, all rows of the step) by AdamW, in `epochs` passes."""
     optimizer = torch.optim.AdamW(model.parameters(), eps=1e-5, fused=True)  # [H16]
     batches = math.ceil(rows / batch_size)
+    texts = math.ceil(args.micro_batch_size / (2 if stage == "rm" else 1))  # or pairs of them
     for step in run.steps(stage, epochs * batches, optimizer):
         epoch, i = divmod(step - 1, batches)
         rng = stream(args, stage, "epoch", epoch)
@@ -930,25 +1103,33 @@ def fit(args, stage, model, loss_function, rows, epochs, batch_size, learning_ra
         lr = learning_rate * (1 - (step - 1) / (epochs * batches))
         optimizer.param_groups[0]["lr"] = lr  # [H17]
         optimizer.zero_grad()
-        loss, stats = loss_function(order[i * batch_size : (i + 1) * batch_size])
-        loss.backward()
+        batch, stats = order[i * batch_size : (i + 1) * batch_size], {}
+        for part, factor in micro_batches(batch, texts):
+            loss, part_stats = loss_function(part, batch)
+            (factor * loss).backward()
+            part_stats = {"loss": loss.detach(), **part_stats}
+            stats = {name: stats.get(name, 0.0) + factor * x for name, x in part_stats.items()}
+        add_up(model, stats)  # [X2]
         norm = nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm)
         optimizer.step()
-        stats = {"loss": loss.item(), "grad_norm": norm.item(), "lr": lr, **stats}
+        stats = {name: x.item() for name, x in stats.items()}
+        stats |= {"grad_norm": norm.item(), "lr": lr}
         weights = nn.utils.get_total_norm(model.parameters())
         seen = epoch * rows + min((i + 1) * batch_size, rows)
         run.check_finite(seen, last_step_good=False, **stats, weights=weights.item())
         run.log(seen, {f"{stage}/{name}": value for name, value in stats.items()})
+    optimizer.zero_grad()  # no later stage shall carry the gradients along
 
 
 def train_sft(args, task, agent, run):
     """Stage 1: learn to write from demonstrations. What comes out is where all else starts."""
     rows = task.rows("sft", args.sft_texts, stream(args, "sft"))
     tokens = write_texts(task, rows, args.response_length).to(run.device)
-    at_one = Policy(agent.policy.model, task.num_tokens, temperature=1.0)
+    at_one = Policy(agent.policy.model, task.num_tokens, chunk=args.logprob_chunk)
 
-    def loss_function(indices):
-        return sft_loss(at_one, tokens[indices], task.prompt_length), {}
+    def loss_function(part, batch):
+        num_tokens = (tokens[batch, task.prompt_length :] != PAD).sum()
+        return sft_loss(at_one, tokens[part], task.prompt_length, num_tokens), {}
 
     sizes = (len(rows), args.sft_epochs, args.sft_batch_size)
     fit(args, "sft", agent.policy, loss_function, *sizes, args.sft_learning_rate, run)
@@ -990,20 +1171,17 @@ def train_rm(args, task, agent, run):
     chosen, rejected, gold_margin = preference_pairs(args, task, agent, run)
     if run.step == 0 and not args.reward_model:
         start = agent.policy if args.ref_model else agent.reference
-        fresh = ScalarModel(start.model)  # [H30] the SFT policy, new head
-        model.load_state_dict(fresh.state_dict())
+        model.model.load_state_dict(start.model.base_model.state_dict())  # [H30] new is the head
 
-    def loss_function(indices):
-        loss, margins = rm_loss(model, chosen[indices], rejected[indices])
-        return loss, {"train_accuracy": (margins > 0).float().mean().item()}
+    def loss_function(part, batch):
+        loss, margins = rm_loss(model, chosen[part], rejected[part], len(batch))
+        return loss, {"train_accuracy": (margins > 0).sum() / len(batch)}
 
     unseen = args.rm_test_pairs if task.gold else min(args.rm_test_pairs, len(chosen) // 2)
     sizes = (len(chosen) - unseen, args.rm_epochs, args.rm_batch_size)
     fit(args, "rm", model, loss_function, *sizes, args.rm_learning_rate, run)
-    with torch.no_grad():
-        last = torch.cat([x[-unseen:] for x in (chosen, rejected)])  # all of them, if there is one
-        parts = last.split(args.micro_batch_size)
-        scores = torch.cat([reward_scores(model, part) for part in parts])
+    last = torch.cat([x[-unseen:] for x in (chosen, rejected)])  # all of them, if there is one
+    (scores,) = spread(lambda x: [reward_scores(model, x)], args.micro_batch_size, last)
     model.normalize(scores)  # [H28] samples of the SFT policy, all of them
     margin = torch.sub(*scores.chunk(2)).cpu().numpy()
     gold_margin = gold_margin[-unseen:]
@@ -1030,12 +1208,13 @@ def score_function(args, task, agent, run):
         scores = torch.zeros(len(tokens), device=tokens.device)
         texts = read_texts(task, tokens[:, task.prompt_length :])
         if args.rm_coef:
+            judged = tokens
             if task.judge is not task:  # [H32] another tokenizer: the texts, in its words
                 answered = [row | {"completion": x} for row, x in zip(rows, texts, strict=True)]
                 judged = write_texts(task.judge, answered, None).to(tokens.device)
-            parts = (tokens if task.judge is task else judged).split(args.micro_batch_size)
-            parts = [reward_scores(agent.reward_model, part) for part in parts]
-            scores += args.rm_coef * torch.cat(parts)
+            model = agent.reward_model
+            (said,) = spread(lambda x: [reward_scores(model, x)], args.micro_batch_size, judged)
+            scores += args.rm_coef * said
         if verifiable:
             scores += torch.as_tensor(gold_rewards(task, tokens)["score"]).to(scores)
         names = {*chain(*rows)} - {"prompt", "completion"}
@@ -1048,24 +1227,33 @@ def score_function(args, task, agent, run):
         responses = tokens[:, task.prompt_length :].tolist()
         columns["completion_ids"] = [[t for t in row if t != PAD] for row in responses]
         for name, function, weight in functions:
-            wanted = inspect.signature(function).parameters.values()
-            every = any(x.kind == x.VAR_KEYWORD for x in wanted)
-            keys = columns.keys() if every else columns.keys() & {x.name for x in wanted}
-            try:
-                values = function(**{key: columns[key] for key in keys})
-                values = asyncio.run(values) if inspect.iscoroutine(values) else values
-                values = [0.0 if x is None else float(x) for x in values]  # None: no opinion
-            except Exception as error:
-                run.stop(f"{name} raised {type(error).__name__}: {error}")
-            if len(values) != len(tokens):
-                run.stop(f"{name} returned {len(values)} rewards for {len(tokens)} completions")
-            if not np.isfinite(values).all():
-                i = np.isfinite(values).argmin()
-                run.stop(f"{name} returned {values[i]} for {texts[i]!r}")
+            values = opinions(function, columns) if rank_of()[0] == 0 else None
+            values = of_all_ranks(values)[0]  # called once, whatever it depends on
+            if isinstance(values, str):
+                run.stop(f"{name} {values}")
             scores += weight * torch.tensor(values).to(scores)
         return scores
 
     return score
+
+
+def opinions(function, columns):
+    """What a function says of the completions, numbers, or a text: what is wrong with it."""
+    wanted, texts = inspect.signature(function).parameters.values(), columns["completions"]
+    every = any(x.kind == x.VAR_KEYWORD for x in wanted)
+    keys = columns.keys() if every else columns.keys() & {x.name for x in wanted}
+    try:
+        values = function(**{key: columns[key] for key in keys})
+        values = asyncio.run(values) if inspect.iscoroutine(values) else values
+        values = [0.0 if x is None else float(x) for x in values]  # None: no opinion
+    except Exception as error:
+        return f"raised {type(error).__name__}: {error}"
+    if len(values) != len(texts):
+        return f"returned {len(values)} rewards for {len(texts)} completions"
+    if not np.isfinite(values).all():
+        i = np.isfinite(values).argmin()
+        return f"returned {values[i]} for {texts[i]!r}"
+    return values
 
 
 def train_ppo(args, task, agent, run):
@@ -1082,12 +1270,18 @@ def train_ppo(args, task, agent, run):
         if not args.value_model and args.value_init == "rm" and args.rm_coef:
             value_model.load_state_dict(agent.reward_model.state_dict())  # [H34] [H36]
         elif not args.value_model:
-            value_model.load_state_dict(ScalarModel(policy.model).state_dict())
+            value_model.model.load_state_dict(policy.model.base_model.state_dict())
             nn.init.zeros_(value_model.head.weight)  # [H35]
     value_lr = args.learning_rate if args.value_learning_rate is None else args.value_learning_rate
     clip_coef_high = args.clip_coef if args.clip_coef_high is None else args.clip_coef_high
-    groups = [{"params": x.parameters()} for x in (policy, value_model)]  # [H38]
+    learning = [[x for x in x.parameters() if x.requires_grad] for x in (policy, value_model)]
+    groups = [{"params": weights} for weights in learning]  # [H38]
     optimizer = torch.optim.AdamW(groups, eps=1e-5, fused=True)  # [H16]
+
+    def said_of(tokens):
+        logprobs = [response_logprobs(x, tokens, P) for x in (policy, reference)]  # [H65] again
+        return *logprobs, value_model(tokens[:, :-1])
+
     coefficients = (args.ptx_coef, args.micro_batch_size, args.max_grad_norm)
     coefficients += (args.clip_coef, clip_coef_high, args.vf_coef, args.clip_vloss)
     B, P = args.batch_size, task.prompt_length
@@ -1096,7 +1290,8 @@ def train_ppo(args, task, agent, run):
         remaining = 1 - (iteration - 1) / args.num_iterations
         for group, lr in zip(optimizer.param_groups, (args.learning_rate, value_lr), strict=True):
             group["lr"] = lr * (remaining if args.anneal_lr else 1)  # [C4] [H17]
-        policy.requires_grad_(iteration > args.critic_warmup)  # [H34]
+        for weights in learning[0]:
+            weights.requires_grad_(iteration > args.critic_warmup)  # [H34]
         global_step, rng, times = iteration * B, stream(args, "ppo", iteration), [time.time()]
 
         # rollout: a response to each of B prompts
@@ -1107,11 +1302,8 @@ def train_ppo(args, task, agent, run):
         times.append(time.time())
 
         # log-probabilities and values under the policy that acted, which is still the current one
-        with torch.no_grad():
-            parts = tokens.split(args.micro_batch_size)
-            logprobs = torch.cat([response_logprobs(policy, x, P) for x in parts])  # [H65] again
-            logratio = logprobs - torch.cat([response_logprobs(reference, x, P) for x in parts])
-            values = torch.cat([value_model(x[:, :-1]) for x in parts])[:, P - 1 :] * mask
+        logprobs, reference_logprobs, values = spread(said_of, args.micro_batch_size, tokens)
+        logratio, values = logprobs - reference_logprobs, values[:, P - 1 :] * mask
 
         # rewards: the score at the end, the KL penalty all the way
         scores = final_scores = score(rows, tokens)
@@ -1209,9 +1401,33 @@ def train_ppo(args, task, agent, run):
 # Runs
 
 
+def rank_of() -> tuple[int, int]:
+    """The rank of this process, and how many there are: torchrun starts several."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def of_all_ranks(x) -> list:
+    """What each rank has as x."""
+    parts = [x] * rank_of()[1]
+    if dist.is_initialized():
+        dist.all_gather_object(parts, x)
+    return parts
+
+
+def add_up(module: nn.Module, stats: dict):
+    """Gradients and numbers, over all ranks, in place; FSDP2 has added up what it shards."""
+    if dist.is_initialized():
+        gradients = [x.grad for x in module.parameters() if x.grad is not None]
+        for x in chain(gradients, stats.values()):
+            if not isinstance(x, DTensor):
+                dist.all_reduce(x)
+
+
 def fail(message: str):
-    """Stop with one line that says what is wrong and what to do."""
-    print("error:", *str(message).split(), file=sys.stderr)
+    """Stop with one line that says what is wrong and what to do, of the rank that is first."""
+    store = dist.is_initialized() and dist.distributed_c10d._get_default_store()
+    if not store or store.add("failed", 1) == 1:
+        print("error:", *str(message).split(), file=sys.stderr)
     sys.exit(2)
 
 
@@ -1249,6 +1465,7 @@ def parse_args(argv: list[str]) -> Args:
         stages = [stage for stage, path in zip(STAGES, data, strict=True) if path]
         default = REAL | {"stages": ",".join(stages) or args.stages}
         default |= {"rm_coef": float(bool(args.pref_data or args.reward_model))}
+        default |= LORA if args.lora_rank else {}
     if path := args.resume or args.load:
         data = load_checkpoint(path)
         default = data["args"] | {"resume": None, "load": None}
@@ -1302,6 +1519,18 @@ def check_args(args: Args):
         fail("no reward: --rm-coef above 0 and a reward model, or --reward-fn file.py:function")
     for text in args.reward_fn:
         load_reward_function(text)
+    _, ranks = rank_of()
+    for name in ("batch_size", "minibatch_size"):
+        if getattr(args, name) % ranks:
+            fail(f"{name} {getattr(args, name)} cannot be divided by the {ranks} ranks of torchrun")
+    if args.fsdp and not (dist.is_initialized() or args.plan):
+        fail("--fsdp needs torchrun: torchrun --nproc_per_node=2 ppo_rlhf.py --fsdp ...")
+    if args.lora_rank and not args.model:
+        fail("--lora-rank needs a --model")
+    if args.merge and not args.lora_rank:
+        fail("--merge needs a --lora-rank")
+    if args.lora_rank:
+        package("peft", "--lora-rank")
     if args.track:
         package("wandb", "--track")
 
@@ -1333,6 +1562,31 @@ def load_checkpoint(path: str) -> dict:
         fail(f"{path} is no checkpoint of ppo_rlhf.py: {type(error).__name__}: {error}")
 
 
+def whole(x):
+    """What is sharded, put together on the CPU: tensors, and dicts and lists of them."""
+    if isinstance(x, dict):
+        return {key: whole(value) for key, value in x.items()}
+    return x.full_tensor().cpu() if isinstance(x, DTensor) else x
+
+
+def own_weights(model: nn.Module) -> dict:
+    """All weights; where there are adapters, these and the head only."""
+    state = model.state_dict()
+    names = [name for name in state if "lora_" in name]
+    names += [name for name in names[:1] and state if name.startswith("head.")]
+    return {name: whole(state[name]) for name in names or state}
+
+
+def load_optimizer(optimizer, data: dict):
+    """What `whole` has put together, sharded as the parameters are."""
+    optimizer.load_state_dict(data)
+    for parameter, state in optimizer.state.items() if rank_of()[1] > 1 else ():
+        for name, x in state.items():
+            if isinstance(parameter, DTensor) and x.shape == parameter.shape:
+                where = (parameter.device_mesh, parameter.placements)
+                state[name] = distribute_tensor(x, *where, src_data_rank=None)
+
+
 def digest(path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
@@ -1360,7 +1614,7 @@ class Run:
         self.numbers, self.data, path = {"gold_units": [0.0, 1.0]}, {}, args.resume or args.load
         derived = {name: getattr(args, name) for name in ("minibatch_size", "num_iterations")}
         config = dataclasses.asdict(args) | derived
-        self.frozen, self.last = {}, {}  # hashes of models that are written; metrics
+        self.frozen, self.last, self.folder = {}, {}, None  # hashes of models written; metrics
         if path:
             data = load_checkpoint(path)
             self.numbers = data["numbers"]
@@ -1368,6 +1622,10 @@ class Run:
         if args.resume:
             self.data, self.stage, self.step = data, data["stage"], data["step"]  # [H69]
             self.folder, self.frozen = data["folder"], data["frozen"]
+        self.rank, self.ranks = rank_of()
+        if self.rank > 0:  # the first one names, writes and shows
+            self.files = [open(os.devnull, "w") for _ in FILES]
+        elif args.resume:
             try:
                 self.files = [open(self.folder / name, "r+") for name in FILES]
             except OSError as error:
@@ -1390,8 +1648,9 @@ class Run:
             except OSError as error:
                 fail(f"a run needs a folder to write to: {error}")
             self.files[0].write("global_step,time,name,value\n")
+        self.folder = of_all_ranks(self.folder)[0]
         self.wandb = None
-        if args.track:
+        if args.track and self.rank == 0:
             import wandb
 
             names = dict(project=args.wandb_project_name, entity=args.wandb_entity)
@@ -1419,10 +1678,15 @@ class Run:
                 models[name] = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
             models = {"policy": models.get("reference")} | models | data["models"]
             for name, path in paths.items():
-                if self.args.load and getattr(self.args, path) != data["args"][path]:
+                again = name == "reward_model" and "rm" in self.args.stages  # with a new head
+                other = getattr(self.args, path) != data["args"][path]
+                if self.args.load and (again or other):
                     models.pop(name, None)
             for name in models.keys() - ({"value_model"} if self.args.load else {}):
-                getattr(self.agent, name).load_state_dict(models[name])
+                model = getattr(self.agent, name)
+                if models[name].keys() != own_weights(model).keys():
+                    fail(f"{data['folder']} does not fit these settings: other weights")
+                model.load_state_dict(model.state_dict() | models[name])
         except (AttributeError, OSError, RuntimeError) as error:
             fail(f"{data['folder']} does not fit these settings: {error}")
 
@@ -1430,7 +1694,7 @@ class Run:
         """Stop after the step under way; a second signal does not wait for it."""
         self.signal = number
         for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, signal.SIG_DFL)
+            signal.signal(number, signal.SIG_DFL if self.ranks == 1 else signal.SIG_IGN)
 
     def begins(self, stage: str) -> bool:
         """Whether a stage is still to be done: not, if a resumed run is past it."""
@@ -1442,12 +1706,14 @@ class Run:
         """The steps of a stage that are left, 1 to total, with a bar and checkpoints."""
         self.optimizer = optimizer
         if self.step:
-            optimizer.load_state_dict(self.data["optimizer"])
-        self.bar = tqdm(total=total, initial=self.step, desc=stage, unit="step", disable=None)
+            load_optimizer(optimizer, self.data["optimizer"])
+        how = {"initial": self.step, "unit": "step", "disable": self.rank > 0 or None}
+        self.bar = tqdm(total=total, desc=stage, **how)
         for step in range(self.step + 1, total + 1):
             yield step
             self.step = step
             self.bar.update()
+            self.signal = max(of_all_ranks(self.signal or 0))
             if self.signal:
                 self.close()
             if step == total or step % self.args.checkpoint_every == 0:
@@ -1462,7 +1728,8 @@ class Run:
     def warn(self, conditions: dict):
         """A line for each message whose condition holds, once."""
         for message in [x for x, holds in conditions.items() if holds and x not in self.warned]:
-            tqdm.write(f"warning: {message}", file=sys.stderr)
+            if self.rank == 0:
+                tqdm.write(f"warning: {message}", file=sys.stderr)
             self.warned.add(message)
 
     def log(self, global_step: int, metrics: dict[str, float]):
@@ -1520,21 +1787,23 @@ class Run:
         if self.stage == 1 and self.args.ref_model:  # else the reference has the same weights
             rest = (*rest, "policy")
         models = {name: getattr(self.agent, name) for name in (*learn, *rest)}
-        models = {name: model.state_dict() for name, model in models.items() if model}
+        models = {name: own_weights(model) for name, model in models.items() if model}
         for name in models.keys() & rest - self.frozen.keys():
             self.write(f"{name}.pt", models[name])
-            self.frozen[name] = digest(self.folder / f"{name}.pt")
+            self.frozen[name] = digest(self.folder / f"{name}.pt") if self.rank == 0 else ""
         data = {"args": dataclasses.asdict(self.args), "stage": self.stage, "step": self.step}
         data |= {"models": {name: models[name] for name in learn if name in models}}
-        data |= {"numbers": self.numbers}
-        data |= {"frozen": self.frozen, "bytes": [file.tell() for file in self.files]}
+        data |= {"numbers": self.numbers, "frozen": self.frozen}
+        data |= {"bytes": [file.tell() for file in self.files if self.rank == 0]}
         data |= {"seconds": time.time() - self.start_time}
         data |= {"wandb_id": self.wandb.id} if self.wandb else {}
-        data |= {"optimizer": self.optimizer.state_dict()} if self.optimizer else {}
+        data |= {"optimizer": whole(self.optimizer.state_dict())} if self.optimizer else {}
         self.checkpoint = self.write("checkpoint.pt", data)
 
     def write(self, name: str, data: dict) -> Path:
         """Atomic: whatever happens meanwhile, a complete file is there under its name."""
+        if self.rank > 0:
+            return self.folder / name
         with open(self.folder / f"{name}.tmp", "wb") as file:
             try:
                 torch.save(data, file)
@@ -1556,7 +1825,8 @@ class Run:
         if self.wandb:
             self.wandb.finish(exit_code=code)
         if code:
-            say(f"to go on: python {sys.argv[0]} --resume '{self.folder}'")
+            start = "python" if self.ranks == 1 else f"torchrun --nproc_per_node={self.ranks}"
+            say(f"to go on: {start} {sys.argv[0]} --resume '{self.folder}'")
         say(f"written to {self.folder}")
         if code:
             sys.exit(code)
@@ -1576,10 +1846,13 @@ def evaluate(args, task, agent, run):
         best = pool[scores[:n].argmax(0), torch.arange(len(prompts))]
         columns[f"best of {n}"] = (best, math.log(n) - (n - 1) / n)  # its exact KL
     tokens, _ = sample(args, task, agent.policy, prompts, rng)
-    with torch.no_grad():
-        parts, both = tokens.split(args.micro_batch_size), (agent.policy, agent.reference)
-        logprobs = [torch.cat([response_logprobs(x, part, P) for part in parts]) for x in both]
-    columns["PPO"] = (tokens, (logprobs[0] - logprobs[1]).sum(1).mean().item())
+
+    def kl(tokens):
+        return [torch.sub(*(response_logprobs(x, tokens, P) for x in both)).sum(1)]
+
+    both = (agent.policy, agent.reference)
+    (kl_of_texts,) = spread(kl, args.micro_batch_size, tokens)
+    columns["PPO"] = (tokens, kl_of_texts.mean().item())
 
     table, shown, before = {}, [[x] for x in read_texts(task, prompts[:4])], None
     for name, (tokens, kl) in columns.items():
@@ -1606,9 +1879,25 @@ def evaluate(args, task, agent, run):
     run.log(args.num_iterations * args.batch_size, results)
 
 
+def merged_weights(model: nn.Module) -> dict:
+    """All weights as they would be without adapters; the model stays as it is."""
+    state, end = whole(model.state_dict()), ".lora_A.default.weight"
+    for layer in [name.removesuffix(end) for name in state if name.endswith(end)]:
+        adapted = model.get_submodule(layer)
+        a, b = (state[f"{layer}.lora_{x}.default.weight"] for x in "AB")
+        product = adapted.scaling["default"] * (b @ a)
+        product = product.T if adapted.fan_in_fan_out else product
+        state[f"{layer}.base_layer.weight"] = state[f"{layer}.base_layer.weight"] + product
+    return {k.replace(".base_layer", ""): x for k, x in state.items() if ".lora_" not in k}
+
+
 def export(stage, args, task, agent, run):
-    """What a stage has learned, as Hugging Face's from_pretrained takes it, and its tokenizer."""
-    model, tokenizer, name = agent.policy.model, task.tokenizer, "policy"
+    """What a stage has learned, as Hugging Face's from_pretrained takes it, and its tokenizer.
+
+    With --lora-rank, of the policy only the adapter, but for --merge.
+    """
+    name, tokenizer, model = "policy", task.tokenizer, agent.policy.model
+    adapter = args.lora_rank and not args.merge and stage != "rm"
     if stage == "rm":
         name, scalar = "reward_model", agent.reward_model
         tokenizer = copy.deepcopy(task.judge.tokenizer)
@@ -1617,25 +1906,111 @@ def export(stage, args, task, agent, run):
         config, transformers = copy.deepcopy(scalar.model.config), sys.modules["transformers"]
         if type(config) not in transformers.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
             return say(f"a {config.model_type} has no sequence classifier; reward_model.pt has all")
+        head = whole(scalar.head.state_dict())
         config.num_labels, config.pad_token_id = 1, None
-        config.reward_offset = scalar.head.bias.item()  # its head has no bias
+        config.reward_offset = head["bias"].item()  # its head has no bias
         model = transformers.AutoModelForSequenceClassification.from_config(config)
-        model.base_model.load_state_dict(scalar.model.state_dict())
-        model.score.weight.data.copy_(scalar.head.weight)
+        model.base_model.load_state_dict(merged_weights(scalar.model))
+        model.score.weight.data.copy_(head["weight"])
         if len(tokenizer) > model.get_input_embeddings().num_embeddings:
             model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
         model.config.pad_token_id = tokenizer.pad_token_id
+    weights = own_weights(model) if adapter else merged_weights(model)
+    if run.rank > 0:
+        return None
     card = f"---\nlibrary_name: transformers\nbase_model: {args.model}\ntags: [ppo, rlhf]\n---\n"
     card += f"# {name} of {run.folder.name}\n\nMade by ppo_rlhf.py, stage {stage}.\n"
     parts = {"Settings": dataclasses.asdict(args), "Data, SHA-256": task.hashes}
     for title, values in (parts | {"Last metrics": run.last}).items():
         card += f"\n## {title}\n\n" + "".join(f"- {k}: {v}\n" for k, v in values.items())
     try:
-        model.save_pretrained(run.folder / name)
-        tokenizer.save_pretrained(run.folder / name)
-        (run.folder / name / "README.md").write_text(card)
+        folder = run.folder / name
+        if adapter:
+            about = dict(task_type="CAUSAL_LM", base_model_name_or_path=args.model)
+            lora_config(model.base_model, args.lora_rank, **about).save_pretrained(folder)
+            names = {x: f"base_model.model.{x.replace('.default', '')}" for x in weights}
+            weights = {names[x]: weights[x].contiguous() for x in weights}
+            save = sys.modules["safetensors.torch"].save_file
+            save(weights, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+        else:
+            model.save_pretrained(folder, state_dict=weights)
+        tokenizer.save_pretrained(folder)
+        (folder / "README.md").write_text(card)
     except Exception as error:  # a full disk has a name of its own there
         raise OSError(error) from error
+
+
+class Memory(TorchDispatchMode):
+    """Bytes of the tensors that are made under it: now, and the most there were at a time."""
+
+    def __init__(self):
+        super().__init__()
+        self.now, self.peak, self.known = 0, 0, set()
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        made = operation(*args, **(kwargs or {}))
+        given = {x.untyped_storage()._cdata for x in args if isinstance(x, torch.Tensor)}
+        for x in made if isinstance(made, (tuple, list)) else (made,):
+            storage = x.untyped_storage() if isinstance(x, torch.Tensor) else None
+            if storage is not None and storage._cdata not in self.known | given:
+                self.count(storage._cdata, storage.nbytes())
+                weakref.finalize(storage, self.count, storage._cdata, -storage.nbytes())
+        return made
+
+    def count(self, key, size):
+        self.known ^= {key}
+        self.now += size
+        self.peak = max(self.peak, self.now)
+
+
+def plan(args: Args):
+    """What memory PPO takes: its own code is run on tensors without data, nothing is downloaded."""
+    R, m, cpu = args.response_length, args.micro_batch_size, torch.device("cpu")
+    task, P = TASKS[args.task], args.prompt_length
+    if args.model:
+        words = pretrained("AutoConfig", args.model).get_text_config().vocab_size
+        task = SimpleNamespace(num_tokens=words, prompt_length=P, longest=(P + R, "texts"))
+        task.judge = task
+    P, parts = task.prompt_length, rank_of()[1] if args.fsdp else 1
+
+    def whole_mask(module, inputs, options):  # else transformers looks at the data
+        S = (inputs[0] if inputs else options["input_ids"]).shape[1]
+        return inputs, options | {"attention_mask": torch.ones(1, 1, S, S, dtype=torch.bool)}
+
+    with torch.device("meta"):
+        agent = Agent(task, args)
+        for model in agent.children() if args.precision == "pure-bf16" else ():
+            model.model.to(torch.bfloat16)
+    with FakeTensorMode():  # of these, unlike those on `meta`, operations are as on a device
+        fake = {None: None}
+        for names in chain(*((x._parameters, x._buffers) for x in agent.modules())):
+            for x in {*names.values()} - fake.keys():
+                fake[x] = nn.Parameter(torch.empty(x.shape, dtype=x.dtype), x.requires_grad)
+            names.update({name: fake[x] for name, x in names.items()})
+        for model in agent.children():
+            frugal(model, dataclasses.replace(args, fsdp=False), cpu)
+            trunk = model.model.get_decoder() if isinstance(model, Policy) else model.model
+            if args.model:
+                trunk.register_forward_pre_hook(whole_mask, with_kwargs=True)
+        tokens = torch.zeros(args.batch_size, P + R, dtype=torch.long)
+        with Memory() as sampling, torch.no_grad():
+            agent.policy(tokens, 1, use_cache=True)
+        batch = [tokens[:m], *torch.zeros(4, m, R), torch.ones(m, R, dtype=torch.bool)]
+        with Memory() as update:
+            for _ in range(2):  # the second adds to gradients that are there
+                loss, _ = ppo_loss(agent, batch, m * R, 0.2, 0.2, args.vf_coef, args.clip_vloss)
+                loss.backward()
+    rows, seen, learning = {}, set(), 0
+    for name, model in agent.named_children():
+        new = set(model.parameters()) - seen
+        seen |= new
+        rows[f"weights, {name.replace('_', ' ')}"] = sum(x.nbytes for x in new) / parts
+        learning += sum(x.nbytes for x in new if x.grad is not None) / parts
+    rows |= {"gradients": learning, "moments of AdamW": 2 * learning}
+    rows |= {"update": update.peak - learning * parts, "sampling": sampling.peak}
+    total = sum(rows.values()) - min(rows["update"], rows["sampling"])
+    for name, size in (rows | {"at most at a time": total}).items():
+        say(f"{name:24}{size / 1e9:9.3f} GB")
 
 
 def origin(device: torch.device) -> dict:
@@ -1653,9 +2028,19 @@ def origin(device: torch.device) -> dict:
 
 
 if __name__ == "__main__":
+    if dist.is_torchelastic_launched():  # torchrun
+        dist.init_process_group()
+        if dist.get_rank() > 0:
+            sys.stdout = open(os.devnull, "w")
+        if torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     args = parse_args(sys.argv[1:])
     check_args(args)
     try:
-        train(args)
+        (plan if args.plan else train)(args)
+    except RuntimeError as error:
+        if not re.search("gloo|NCCL", str(error)):
+            raise
+        fail("another rank has ended")
     except OSError as error:  # a disk that is full, a folder that has gone
         fail(f"the run's folder cannot be written to: {error}")

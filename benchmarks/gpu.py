@@ -24,7 +24,8 @@ variants  Atari at 8 and 64 environments, HalfCheetah at 1, by how the update is
 fast      by --variant: more environments, with and without GPU, the floor of random actions, and
           LeanRL's HalfCheetah from --leanrl PATH in turn (needs tensordict 0.13.0 and pyvers)
 learn     CartPole, HalfCheetah and Pong as far as the time goes, side by side with
-words     ppo_rlhf.py as it is, and with 12 layers of 768 on 50,257 words as in the 2019 paper
+words     ppo_rlhf.py as it is, with 12 layers of 768 on 50,257 words as in the 2019 paper, and with
+          SmolLM2's shape, all weights and LoRA; memory beside what --plan says of it
 """
 
 import contextlib
@@ -78,6 +79,10 @@ COMPILE = "fast = torch.compile(function, fullgraph=whole)"
 KEPT = "gradient(agent, batch, indices, args.max_grad_norm, *coefficients)"
 STEP = "                optimizer.zero_grad()\n"
 LOG = "        # log\n"
+SMOLLM = {"model_type": "llama", "vocab_size": 49_152, "hidden_size": 576}
+SMOLLM |= {"num_hidden_layers": 30, "num_attention_heads": 9, "num_key_value_heads": 3}
+SMOLLM |= {"intermediate_size": 1536, "tie_word_embeddings": True}
+
 VARIANTS = {  # how the update is compiled: [(old text, new text), ...]
     "eager": [],  # and --no-compile
     "compiled": [],
@@ -332,6 +337,44 @@ def long_words(words: int, prompt_length: int, flags: list, tf32: bool):
     args = module.parse_args(["--task", "sort", *flags])
     module.train_sft = lambda *_: None  # random weights
     module.train(args)
+    return seconds_and_memory(args.batch_size)
+
+
+def real_words(shape: dict, flags: list):
+    """PPO of ppo_rlhf.py alone on a model of Hugging Face with random weights -> dict of medians
+
+    Beside the largest memory what `--plan` says of it.
+    """
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+
+    numbers = {f"w{i}" if i else "<end>": i for i in range(shape["vocab_size"])}
+    tokenizer = Tokenizer(models.WordLevel(numbers, unk_token="w1"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>")
+    fast.save_pretrained("model")
+    config = AutoConfig.for_model(**shape, eos_token_id=0)
+    AutoModelForCausalLM.from_config(config).save_pretrained("model")
+    texts = (
+        " ".join(f"w{(i * j) % len(numbers) or 1}" for j in range(1, 33)) for i in range(2, 130)
+    )
+    Path("prompts.jsonl").write_text("".join(json.dumps({"prompt": x}) + "\n" for x in texts))
+    Path("reward.py").write_text(
+        "def f(completions):\n    return [x.count('7') for x in completions]"
+    )
+    files = "--model model --prompts prompts.jsonl --reward-fn reward.py:f --prompt-length 32"
+    command = [*files.split(), "--stages", "ppo", "--critic-warmup", "0", *flags]
+    module = module_of(WORDS, [], Clock())
+    args = module.parse_args(command)
+    module.train(args)
+    found = seconds_and_memory(args.batch_size)
+    plan = [sys.executable, ROOT / WORDS, *command, "--plan"]
+    lines = subprocess.run(plan, capture_output=True, text=True, check=True).stdout.splitlines()
+    return found | {"planned_gpu_mb": 1e3 * float(lines[-1].split()[-2])}
+
+
+def seconds_and_memory(batch_size: int):
+    """Of the run in the current folder, and of this process."""
     (folder,) = Path("runs").iterdir()
     rows = read_metrics(folder / "metrics.csv")
     found = {}
@@ -343,7 +386,7 @@ def long_words(words: int, prompt_length: int, flags: list, tf32: bool):
     memory = torch.cuda.max_memory_allocated() / 1e6 if torch.cuda.is_available() else 0.0
     return {
         "seconds_per_update": update,
-        "hours_per_million_episodes": update / args.batch_size * 1e6 / 3600,
+        "hours_per_million_episodes": update / batch_size * 1e6 / 3600,
         "peak_gpu_mb": memory,
         **{name.replace("time/", "share_"): value / update for name, value in medians.items()},
     }
@@ -361,7 +404,7 @@ def several(script: str, runs: list) -> list:
     return results
 
 
-JOBS = {"train": train, "several": several, "floor": floor, "long_words": long_words}
+JOBS = {x.__name__: x for x in (train, several, floor, long_words, real_words)}
 
 
 # ------------------------------------------------------------------------------------------------
@@ -711,7 +754,7 @@ def curve(part: Part, script: str, env_id: str, process):
 
 
 def words(part: Part):
-    """ppo_rlhf.py: the default run, then a model of GPT-2's size in fp32 and with TF32."""
+    """ppo_rlhf.py: the default run, a model of GPT-2's size, one of SmolLM2's shape."""
     if WORDS not in part.args.scripts:
         return
     default = part.process(
@@ -734,8 +777,17 @@ def words(part: Part):
         size = (500, 8, "--d-model 32 --num-layers 2 --num-heads 2 --response-length 6")
         loop = "--batch-size 16 --update-epochs 2 --total-episodes 48"
     flags = f"{size[2]} {loop} --sft-texts 128 --eval-episodes 64 --stages sft,ppo".split()
-    for case, tf32 in (("fp32", False), ("TF32", True)):
-        process = part.start("long_words", size[0], size[1], flags, tf32)
+    bf16 = [*flags, "--precision", "bf16"]
+    for case, tf32, more in (("fp32", False, flags), ("TF32", True, flags), ("bf16", True, bf16)):
+        process = part.start("long_words", size[0], size[1], more, tf32)
+        part.attempt(WORDS, case, process, lambda x, case=case: part.rows(WORDS, case, x))
+    loop = "--batch-size 64 --micro-batch-size 16 --response-length 64 --total-episodes 192"
+    shape = SMOLLM
+    if part.args.quick:
+        loop = "--batch-size 8 --micro-batch-size 4 --response-length 6 --total-episodes 16"
+        shape = SMOLLM | {"vocab_size": 500, "hidden_size": 36, "num_hidden_layers": 2}
+    for case, more in (("SmolLM2", []), ("SmolLM2, LoRA", ["--lora-rank", "16"])):
+        process = part.start("real_words", shape, [*loop.split(), *more])
         part.attempt(WORDS, case, process, lambda x, case=case: part.rows(WORDS, case, x))
     part.row(WORDS, "8 V100, published", "hours_per_million_episodes", f"{LHP_SECONDS / 3600:.3g}")
 

@@ -2,10 +2,15 @@
 
 import csv
 import importlib
+import json
 import os
+import runpy
+import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import cleanrl_shim
 import environments
@@ -16,10 +21,13 @@ import precision
 import pytest
 import ranks
 import rlhf_speed
+import sampling
 import speed
+import torch
 import variants
 
 import make_performance
+import ppo_rlhf
 
 ROWS = [  # of a metrics.csv: the first iteration compiles, the others take a second each
     (100, 9.0, "charts/SPS", 11),
@@ -314,6 +322,7 @@ PROGRAMS = {
     "variants": lambda out: variants.main(variants.Args(out=out)),
     "environments": lambda out: environments.main(environments.Args(out=out)),
     "rlhf_speed": lambda out: rlhf_speed.main(rlhf_speed.Args(out=out)),
+    "sampling": lambda out: sampling.main(sampling.Args(model=Path("none"), out=out)),
     "gpu": lambda out: gpu.main(gpu.Args(out=out)),
     "phases": lambda out: phases.main(["--out", str(out)]),
     "precision": lambda out: precision.main(["--out", str(out), "--total-timesteps", "0"]),
@@ -490,3 +499,167 @@ def test_ranks_are_started_by_torchrun():
         *("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"),
         *one.command,
     ]
+
+
+# ------------------------------------------------------------------------------------------------
+# Language models
+
+
+@pytest.fixture
+def tiny():
+    pytest.importorskip("transformers")
+    return importlib.import_module("tiny")
+
+
+def test_seven_of_eight_end_early_and_the_others_never(tiny):
+    path = tiny.save_model("model", "llama")
+    model = ppo_rlhf.pretrained("AutoModelForCausalLM", path, dtype=torch.float32)
+    args = sampling.Args(model=path, batch=16, tokens=12, prompt=6)
+    prompts = sampling.make_prompts(args, model.config.vocab_size)
+    assert (prompts == ppo_rlhf.PAD).sum(1).tolist() == [0] * 5 + [1] * 5 + [2] * 5 + [3]
+    texts = sampling.sampler("early", "ours", model, prompts, 12)()
+    responses = texts[:, 6:]
+    assert torch.equal(texts[:, :6], prompts)
+    lengths = (responses != ppo_rlhf.PAD).sum(1).tolist()
+    assert lengths == 2 * [12, 8, 8, 8, 8, 8, 8, 8]
+    ends = responses == sampling.EOS
+    assert ends.sum(1).tolist() == 2 * [0, 1, 1, 1, 1, 1, 1, 1]
+    assert ends.nonzero()[:, 1].unique().tolist() == [7]
+
+
+def test_sampling(tiny):
+    """All write all tokens, whatever the model says of its end; of 8 rows 7 are short, if early."""
+    path = tiny.save_model("model", "llama")
+    sizes = dict(batch=8, tokens=12, prompt=6, rounds=2, threads=(1,))
+    sampling.main(sampling.Args(model=path, out=Path(), **sizes))
+    rows = left("sampling.csv")
+    programs = [(row["case"], row["program"]) for row in rows]
+    assert programs == [*sampling.PROGRAMS, *reversed(sampling.PROGRAMS)]
+    for row in rows:
+        tokens = float(row["seconds"]) * float(row["tokens_per_s"])
+        assert tokens == pytest.approx(12 + 7 * 8 if row["case"] == "early" else 8 * 12, rel=0.05)
+    origin = json.loads(Path("sampling.json").read_text())
+    assert origin["generate_by_ours"].keys() == origin["early_by_all"].keys() == {"1"}
+    assert origin["versions"].keys() >= {"torch", "transformers"}
+
+
+def test_sampling_is_compared_within_rounds():
+    seconds = {"all ours": (2, 4, 10), "all generate": (6, 4, 20), "early ours": (1, 1, 1)}
+    rows = [
+        dict(case=case, program=program, threads=threads, round=number, seconds=threads**i * x)
+        for threads in (1, 2)
+        for i, (name, values) in enumerate(seconds.items())
+        for case, program in [name.split()]
+        for number, x in enumerate(values)
+    ]
+    assert sampling.ratios(rows) == {
+        "generate_by_ours": {1: 2.0, 2: 4.0},
+        "early_by_all": {1: 0.25, 2: 1.0},
+    }
+
+
+@pytest.fixture
+def trl(monkeypatch):
+    """What benchmarks/trl_run.py needs of TRL; a trainer generates, scores and trains twice."""
+    pytest.importorskip("datasets")
+    fake = SimpleNamespace(PPOConfig=SimpleNamespace, trainers=[], second=0.001, sleep=time.sleep)
+
+    def batch_generation(model, queries, size, pad_token_id, config):
+        fake.sleep(fake.second)
+        return torch.tensor([[5, 6, 1, 1, 1], [5, 6, 1, pad_token_id, pad_token_id]]), None
+
+    def forward(model, tokens, pad_token_id):
+        fake.sleep(2 * fake.second)
+
+    class Trainer:
+        def __init__(self, **given):
+            vars(self).update(given)
+            fake.trainers.append(self)
+
+        def train(self):
+            (metrics,), module = self.callbacks, fake.ppo_trainer
+            pad = self.processing_class.pad_token_id
+            for step in (1, 2):
+                with torch.no_grad():
+                    module.batch_generation(self.model, torch.tensor([[5, 6]] * 2), 2, pad, None)
+                    module.forward(self.ref_model, None, pad)
+                for _ in range(2):
+                    module.forward(self.model, None, pad)
+                metrics.on_step_end(None, SimpleNamespace(global_step=step), None)
+            metrics.on_train_end(None, None, None)
+
+    fake.PPOTrainer = Trainer
+    fake.ppo_trainer = SimpleNamespace(batch_generation=batch_generation, forward=forward)
+    monkeypatch.setitem(sys.modules, "trl.experimental.ppo", fake)
+    return fake
+
+
+def test_phases_of_trl(trl):
+    """Generation takes a second, scoring two, training two and two."""
+    clock = SimpleNamespace(now=10.0)
+    trl.second, trl.sleep = 1, lambda seconds: setattr(clock, "now", clock.now + seconds)
+    metrics = runpy.run_path(rlhf_speed.TRL)["Metrics"]
+    metrics.on_step_end.__globals__["time"] = SimpleNamespace(time=lambda: clock.now)
+    callback = metrics(Path("runs/trl"), batch_size=4, pad_token_id=0)
+    token = SimpleNamespace(pad_token_id=0)
+    trainer = trl.PPOTrainer(
+        callbacks=[callback], processing_class=token, model=None, ref_model=None
+    )
+    trainer.train()
+    found = speed.read_metrics(Path("runs/trl/metrics.csv"))
+    values = {"time/gen": 1, "time/score": 2, "time/train": 4, "response/length": 2}
+    for step, rows in ((1, found[:5]), (2, found[5:])):
+        assert [row[:2] for row in rows] == 5 * [(4 * step, 7.0 * step)]
+        assert {row[2]: row[3] for row in rows} == values | {"ppo/episode": 4 * step}
+
+
+@pytest.mark.parametrize("real", [True, False])
+def test_ours_and_trl_have_the_same_settings(monkeypatch, tiny, trl, real):
+    settings = []
+
+    def execute(program, flags, cache, python):
+        argv = [*map(str, program.command), *flags]
+        if program.name == "TRL":
+            assert python == "python of trl"
+            monkeypatch.setattr(sys, "argv", argv)
+            runpy.run_path(argv[0], run_name="__main__")
+        else:
+            settings.append(ppo_rlhf.parse_args(argv[1:]))
+            ppo_rlhf.check_args(settings[-1])
+            if real:
+                ppo_rlhf.train(settings[-1])
+        found = [*Path("runs").glob("*/metrics.csv")]
+        metrics = (
+            speed.read_metrics(found[0]) if found else [(i, i, "ppo/episode", i) for i in (1, 2)]
+        )
+        shutil.rmtree("runs", ignore_errors=True)
+        return speed.Finished(metrics, 1, None)
+
+    monkeypatch.setattr(rlhf_speed, "execute", execute)
+    monkeypatch.setattr(rlhf_speed, "floor", lambda epochs: {})
+    model = tiny.save_model("model", "qwen2") if real else None
+    sizes = dict(rounds=1, updates=2, epochs=3)
+    rlhf_speed.main(rlhf_speed.Args(trl=Path("python of trl"), model=model, out=Path(), **sizes))
+    name = "rlhf_speed_smollm2" if real else "rlhf_speed"
+    assert ("floor_milliseconds" in json.loads(Path(f"{name}.json").read_text())) == (not real)
+    rows = left(f"{name}.csv")
+    assert [row["program"] for row in rows] == 2 * ["ours", "TRL"]
+    for row in rows if real else rows[1::2]:
+        assert min(float(row[x]) for x in ("time/gen", "time/score", "time/train")) > 0
+    for ours, trainer in zip(settings, trl.trainers, strict=True):
+        theirs, micro = trainer.args, trainer.args.per_device_train_batch_size
+        assert (
+            ours.batch_size == micro * theirs.gradient_accumulation_steps == (32 if real else 256)
+        )
+        assert theirs.local_rollout_forward_batch_size == ours.batch_size
+        assert ours.total_episodes == theirs.total_episodes == 2 * ours.batch_size
+        assert ours.response_length == theirs.response_length == (32 if real else 24)
+        assert ours.update_epochs == theirs.num_ppo_epochs == 3
+        assert ours.num_minibatches == theirs.num_mini_batches == 1
+        assert ours.learning_rate == theirs.learning_rate
+        assert not real or ours.micro_batch_size == micro == 8
+        assert trainer.processing_class.pad_token_id != trainer.processing_class.eos_token_id
+        networks = (trainer.model, trainer.ref_model, trainer.reward_model, trainer.value_model)
+        sizes = {sum(x.numel() for x in network.base_model.parameters()) for network in networks}
+        assert len(sizes) == 1
+        assert all(x.dtype == torch.float32 for network in networks for x in network.parameters())

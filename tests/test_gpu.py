@@ -94,6 +94,10 @@ def test_whole_rehearsal(tmp_path):
         words["seconds_per_update"] / 16 * 1e6 / 3600, rel=1e-4
     )
     assert "gold" in numbers(tmp_path / "words.csv", WORDS, "default")
+    assert numbers(tmp_path / "words.csv", WORDS, "bf16")["seconds_per_update"] > 0
+    full, lora = (numbers(tmp_path / "words.csv", WORDS, x) for x in ("SmolLM2", "SmolLM2, LoRA"))
+    assert 0 < lora["planned_gpu_mb"] < full["planned_gpu_mb"] < 100
+    assert full["seconds_per_update"] > 0
 
 
 def test_what_fails_is_in_its_table_and_counted(tmp_path):

@@ -221,8 +221,9 @@ def rows(folder):
     return [(x[0], *x[2:]) for x in cells if not x[2].startswith(("time/", "perf/"))]
 
 
-def generator(seed=0):
-    return torch.Generator().manual_seed(seed)
+def uniforms(n, response_length, seed=0):
+    """What `generate` draws n responses with."""
+    return torch.as_tensor(np.random.default_rng(seed).random((n, response_length)))
 
 
 def causal(folder):
@@ -361,7 +362,7 @@ def test_first_tokens_follow_the_softmax(kind, files):
     """Chi-squared of 4,096 tokens, against the logits of transformers' own forward."""
     _, task, agent = started(files, kind)
     ids = torch.tensor([task.ids({"prompt": "to be"})[0]])
-    tokens, _ = rlhf.generate(agent.policy, ids.expand(4096, -1), 1, task.ended, generator(1))
+    tokens, _ = rlhf.generate(agent.policy, ids.expand(4096, -1), 1, task.ended, uniforms(4096, 1))
     with torch.no_grad():
         logits = causal(files / kind)(ids).logits[0, -1]
     num_tokens = len(tokenizer_of(files / kind))
@@ -382,7 +383,7 @@ def test_generation_config_changes_nothing(files):
     assert (config.top_k, config.min_new_tokens, config.repetition_penalty) == (5, 4, 1.5)
     _, task, agent = started(files, "llama")
     ids = torch.tensor([task.ids({"prompt": "to be"})[0]])
-    tokens, _ = rlhf.generate(agent.policy, ids.expand(4096, -1), 1, task.ended, generator(1))
+    tokens, _ = rlhf.generate(agent.policy, ids.expand(4096, -1), 1, task.ended, uniforms(4096, 1))
     assert len(tokens[:, -1].unique()) > 20 * config.top_k
 
 
@@ -394,7 +395,9 @@ def test_unused_rows_are_never_sampled(files):
     num_tokens = len(tokenizer_of(files / "qwen2"))
     assert logits.shape[-1] >= num_tokens + 64
     assert logits.softmax(-1)[:, num_tokens:].sum(1).min() > 0.99
-    tokens, _ = rlhf.generate(agent.policy, prompts.repeat(8, 1), 16, task.ended, generator())
+    prompts = prompts.repeat(8, 1)
+    drawn = uniforms(len(prompts), 16)
+    tokens, _ = rlhf.generate(agent.policy, prompts, 16, task.ended, drawn)
     assert tokens.max() < num_tokens
     assert (tokens[:, task.prompt_length :] >= num_tokens - 20).any()  # the last are no gap
 
@@ -420,7 +423,9 @@ def test_any_eos_ends_a_response(kind, ends, files):
 
     agent.policy.model.register_forward_hook(more_ends)
     prompts = rlhf.write_texts(task, task.files["prompts"]).repeat(16, 1)
-    tokens, logprobs = rlhf.generate(agent.policy, prompts, 6, task.ended, generator())
+    tokens, logprobs = rlhf.generate(
+        agent.policy, prompts, 6, task.ended, uniforms(len(prompts), 6)
+    )
     responses = tokens[:, task.prompt_length :]
     is_end = torch.isin(responses, torch.tensor(ends))
     lengths = (responses != PAD).sum(1)
@@ -445,12 +450,12 @@ def test_eos_that_is_padding_is_learned(files):
         logits.append(output.logits)
 
     agent.policy.model.register_forward_hook(keep)
-    rlhf.sft_loss(agent.policy, tokens, P).backward()
     responses = tokens[:, P:]
-    R = responses.shape[1]  # what comes out before the last R columns says nothing of them
-    grad, p = (x[:, -R:, 0] for x in (logits[0].grad, logits[0].softmax(-1)))
-    assert torch.equal((responses == 0).sum(1), torch.ones(len(tokens), dtype=torch.long))
     count = (responses != PAD).sum()
+    rlhf.sft_loss(agent.policy, tokens, P, count).backward()
+    said = logits[-1].view(*responses.shape, -1)  # of all responses at once
+    grad, p = (x.view_as(said)[..., 0] for x in (logits[-1].grad, said.softmax(-1)))
+    assert torch.equal((responses == 0).sum(1), torch.ones(len(tokens), dtype=torch.long))
     torch.testing.assert_close(grad[responses == 0], (p[responses == 0] - 1) / count)
     assert grad[responses == 0].abs().min() * count > 0.5
 
@@ -502,7 +507,8 @@ def test_cached_is_full_is_transformers(kind, files):
     """Log-probabilities of the sampler, of the trainer and of transformers alone agree."""
     _, task, agent = started(files, kind)
     P, prompts = task.prompt_length, rlhf.write_texts(task, task.files["prompts"])
-    tokens, cached = rlhf.generate(agent.policy, prompts, 24, task.ended, generator())
+    drawn = uniforms(len(prompts), 24)
+    tokens, cached = rlhf.generate(agent.policy, prompts, 24, task.ended, drawn)
     with torch.no_grad():
         full = rlhf.response_logprobs(agent.policy, tokens, P)
     assert cached.min() < -3 and tokens.shape[1] == P + 24
