@@ -540,6 +540,14 @@ class Cache(list):
         self[:] = [(k[rows], v[rows]) for k, v in self]
 
 
+class Output(NamedTuple):
+    """Of a Transformer, and of its trunk."""
+
+    last_hidden_state: torch.Tensor  # [B, s, d]
+    cache: Cache | None = None
+    logits: torch.Tensor | None = None  # of the last columns [B, logits_to_keep or s, rows]
+
+
 class Trunk(nn.Module):
     """A Transformer without a head."""
 
@@ -550,10 +558,7 @@ class Trunk(nn.Module):
         self.norm = nn.LayerNorm(d_model)
 
     def forward(self, input_ids, attention_mask, position_ids, cache=None, **_):
-        """input_ids and position_ids [B, s]: the last s of the S columns of attention_mask [B, S]
-
-        -> last_hidden_state [B, s, d], cache
-        """
+        """input_ids and position_ids [B, s]: the last s of S columns, of attention_mask [B, S]"""
         s, S = input_ids.shape[1], attention_mask.shape[1]
         causal = torch.ones(s, S, dtype=torch.bool, device=input_ids.device).tril(S - s)
         itself = causal.triu(S - s)  # always visible: padding that sees nothing would be NaN
@@ -562,7 +567,7 @@ class Trunk(nn.Module):
         for block, past in zip(self.blocks, cache or repeat(None), strict=False):
             x, keys_values = block(x, visible, past)
             new.append(keys_values)
-        return SimpleNamespace(last_hidden_state=self.norm(x), cache=new)
+        return Output(self.norm(x), new)
 
 
 class Transformer(nn.Module):
@@ -583,10 +588,8 @@ class Transformer(nn.Module):
                 nn.init.zeros_(parameter)
 
     def forward(self, logits_to_keep=0, **inputs):
-        """Trunk's output, with logits of the last columns [B, logits_to_keep or s, rows]"""
         output = self.base_model(**inputs)
-        output.logits = self.lm_head(output.last_hidden_state[:, -logits_to_keep:])
-        return output
+        return output._replace(logits=self.lm_head(output.last_hidden_state[:, -logits_to_keep:]))
 
 
 def read(model, tokens, first=0, **options):
@@ -608,60 +611,61 @@ class Policy(nn.Module):
         names = inspect.signature(model.forward).parameters  # transformers before 5.24
         self.cache_name = "past_key_values" if "past_key_values" in names else "cache"
 
-    def forward(self, tokens, columns, cache=None, use_cache=False):
-        """tokens [B, S] -> logits of what follows the last ones [B, columns, num_tokens], cache"""
+    def forward(self, tokens, columns=1, cache=None, use_cache=False, actions=None):
+        """tokens [B, S] -> logits of what follows the last ones [B, columns, num_tokens], cache
+
+        Or, of actions [B, R] that follow the last ones, log-probabilities and entropies [B x R].
+        """
+        if actions is not None:
+            output = read(self.model.get_decoder(), tokens, use_cache=False)
+            hidden = output.last_hidden_state[:, -actions.shape[1] :]  # [B, R, d]
+            chunks = [x.flatten(0, 1).split(self.chunk) for x in (hidden, actions)]
+            again = functools.partial(checkpoint, use_reentrant=False)
+            run = again if len(chunks[0]) > 1 else call
+            parts = [run(self.of_chunk, type(output), *x) for x in zip(*chunks, strict=True)]
+            return [torch.cat(x) for x in zip(*parts, strict=True)]
         first = 0 if cache is None else tokens.shape[1] - 1
         options = {"use_cache": use_cache, self.cache_name: cache, "logits_to_keep": columns}
         output = read(self.model, tokens, first, **options)  # [H13]
         return self.scaled(output.logits), getattr(output, self.cache_name)
+
+    def of_chunk(self, output, hidden, actions):
+        """Of some hidden states [n, d], logits by the model's own last lines, which may cap and
+        scale them, as if they came from its decoder -> log-probabilities and entropies [n]
+        """
+        decoder = self.model.get_decoder()
+        decoder.forward = lambda *_, **__: output(last_hidden_state=hidden[None])
+        try:
+            logits = self.model(input_ids=actions[None], use_cache=False).logits
+        finally:
+            del decoder.forward
+        words = Categorical(logits=self.scaled(logits[0]), validate_args=False)
+        with torch.no_grad():
+            entropies = words.entropy()
+        return words.log_prob(actions), entropies
 
     def scaled(self, logits):
         return logits[..., : self.num_tokens].float() / self.temperature  # [H10] [H15] [H19]
 
     def responses(self, tokens, prompt_length):
         """tokens [B, P + R] -> the distribution each token of a response is drawn from [B, R]"""
-        outputs = []
-        hook = self.model.get_decoder().register_forward_hook(lambda *x: outputs.append(x[-1]))
-        self(tokens[:, :-1], 1)
-        hook.remove()
-        return Words(self, outputs[0], prompt_length)  # [H14] one column is about the next
+        return Words(self, tokens[:, :-1])  # [H14] what comes out at one column is about the next
 
 
 class Words:
-    """Categorical(logits=...) of words, without ever having all logits in memory.
+    """Categorical(logits=...) of what follows the last tokens, without all logits in memory."""
 
-    Of `chunk` hidden states at a time the model's own head makes logits, with whatever it caps and
-    scales them by; a backward pass makes them once more.
-    """
-
-    def __init__(self, policy, output, prompt_length):
-        self.policy, self.output = policy, output
-        self.hidden = output.last_hidden_state[:, prompt_length - 1 :]  # [B, R, d]
+    def __init__(self, policy, tokens):
+        self.policy, self.tokens = policy, tokens
 
     def log_prob(self, actions):
         """[B, R] -> [B, R]; entropy() is known after it"""
-        chunks = [x.flatten(0, 1).split(self.policy.chunk) for x in (self.hidden, actions)]
-        run = functools.partial(checkpoint, use_reentrant=False) if len(chunks[0]) > 1 else call
-        parts = [run(self.of_chunk, *chunk) for chunk in zip(*chunks, strict=True)]
-        logprobs, self.entropies = (torch.cat(x).view_as(actions) for x in zip(*parts, strict=True))
+        said = self.policy(self.tokens, actions=actions)
+        logprobs, self.entropies = (x.view_as(actions) for x in said)
         return logprobs
 
     def entropy(self):
         return self.entropies
-
-    def of_chunk(self, hidden, actions):
-        """[n, d] and [n] -> log-probabilities and entropies [n]"""
-        model, output = self.policy.model, type(self.output)(last_hidden_state=hidden[None])
-        trunk = model.get_decoder()
-        trunk.forward = lambda *_, **__: output
-        try:
-            logits = model(input_ids=actions[None], use_cache=False).logits
-        finally:
-            del trunk.forward
-        words = Categorical(logits=self.policy.scaled(logits[0]), validate_args=False)
-        with torch.no_grad():
-            entropies = words.entropy()
-        return words.log_prob(actions), entropies
 
 
 class ScalarModel(nn.Module):
@@ -736,10 +740,10 @@ def frugal(policy_or_scalar, args, device):
         layer.forward = functools.partial(
             checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False
         )
-    if args.precision == "bf16":
-        model.forward = torch.autocast(device.type, torch.bfloat16)(model.forward)
-    root = model if isinstance(policy_or_scalar, Policy) else policy_or_scalar
-    for module in (*layers, root) if args.fsdp else ():
+    if args.precision == "bf16":  # but not for the head of a number
+        inner = policy_or_scalar if isinstance(policy_or_scalar, Policy) else model
+        inner.forward = torch.autocast(device.type, torch.bfloat16)(inner.forward)
+    for module in (*layers, policy_or_scalar) if args.fsdp else ():
         fully_shard(module, reshard_after_forward=True)
         module.set_gradient_divide_factor(1.0)  # a sum, as in add_up
         module.set_force_sum_reduction_for_comms(True)
@@ -1125,14 +1129,15 @@ def train_sft(args, task, agent, run):
     """Stage 1: learn to write from demonstrations. What comes out is where all else starts."""
     rows = task.rows("sft", args.sft_texts, stream(args, "sft"))
     tokens = write_texts(task, rows, args.response_length).to(run.device)
-    at_one = Policy(agent.policy.model, task.num_tokens, chunk=args.logprob_chunk)
+    agent.policy.temperature = 1.0  # of demonstrations
 
     def loss_function(part, batch):
         num_tokens = (tokens[batch, task.prompt_length :] != PAD).sum()
-        return sft_loss(at_one, tokens[part], task.prompt_length, num_tokens), {}
+        return sft_loss(agent.policy, tokens[part], task.prompt_length, num_tokens), {}
 
     sizes = (len(rows), args.sft_epochs, args.sft_batch_size)
     fit(args, "sft", agent.policy, loss_function, *sizes, args.sft_learning_rate, run)
+    agent.policy.temperature = args.temperature
     if not args.ref_model:
         agent.reference.load_state_dict(agent.policy.state_dict())
     if task is TASKS["reviews"]:  # from now on, gold in units of what SFT samples differ by
@@ -1580,7 +1585,7 @@ def own_weights(model: nn.Module) -> dict:
 def load_optimizer(optimizer, data: dict):
     """What `whole` has put together, sharded as the parameters are."""
     optimizer.load_state_dict(data)
-    for parameter, state in optimizer.state.items() if rank_of()[1] > 1 else ():
+    for parameter, state in optimizer.state.items():
         for name, x in state.items():
             if isinstance(parameter, DTensor) and x.shape == parameter.shape:
                 where = (parameter.device_mesh, parameter.placements)
