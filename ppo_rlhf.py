@@ -327,6 +327,7 @@ TASKS = {
 }
 
 
+BOTH = "--prompt-length and --response-length together"
 KEYS = {"sft": ("completion",), "pref": ("chosen", "rejected"), "prompts": (), "eval": ()}
 
 
@@ -389,8 +390,7 @@ class Texts:
                 self.longest = (max(pairs), path)
             content = hashlib.sha256(repr(rows).encode()).hexdigest()  # of a data set of the hub
             self.hashes[path] = digest(path) if Path(path).is_file() else content
-        words = "--prompt-length and --response-length together"
-        self.longest = max(self.longest, (self.prompt_length + args.response_length, words))
+        self.longest = max(self.longest, (self.prompt_length + args.response_length, BOTH))
 
     def rows(self, kind, n, rng):
         """n rows of a file, none twice as long as there are others; of texts to learn only these"""
@@ -647,7 +647,7 @@ class Policy(nn.Module):
     def scaled(self, logits):
         return logits[..., : self.num_tokens].float() / self.temperature  # [H10] [H15] [H19]
 
-    def responses(self, tokens, prompt_length):
+    def responses(self, tokens):
         """tokens [B, P + R] -> the distribution each token of a response is drawn from [B, R]"""
         return Words(self, tokens[:, :-1])  # [H14] what comes out at one column is about the next
 
@@ -697,9 +697,11 @@ class Agent(nn.Module):
     def __init__(self, task, args):
         super().__init__()
         self.prompt_length, length = task.prompt_length, task.prompt_length + args.response_length
-        sizes = (args.d_model, args.num_layers, args.num_heads)
-        model = None if args.model else Transformer(task.num_tokens, length, *sizes)
-        model = model or pretrained_model(args.model, task, args)
+        if args.model:
+            model = pretrained_model(args.model, task, args)
+        else:
+            sizes = (args.d_model, args.num_layers, args.num_heads)
+            model = Transformer(task.num_tokens, length, *sizes)
         self.policy = Policy(model, task.num_tokens, args.temperature, args.logprob_chunk)
         self.reference, self.reward_model = twin(self.policy), None  # [H37]
         if args.rm_coef:
@@ -719,7 +721,7 @@ class Agent(nn.Module):
     def forward(self, tokens):
         """tokens [M, P + R] -> distribution of response tokens [M, R], values before them [M, R]"""
         values = self.value_model(tokens[:, :-1])[:, self.prompt_length - 1 :]  # [H14]
-        return self.policy.responses(tokens, self.prompt_length), values
+        return self.policy.responses(tokens), values
 
 
 def twin(module):
@@ -728,11 +730,11 @@ def twin(module):
     return copy.deepcopy(module, {id(x): x for x in shared})
 
 
-def frugal(policy_or_scalar, args, device):
+def frugal(network, args, device):
     """What saves memory, in the order in which it has to be done."""
     if args.fsdp:  # what is sharded cannot be shared
-        policy_or_scalar.model = copy.deepcopy(policy_or_scalar.model)
-    model = policy_or_scalar.model
+        network.model = copy.deepcopy(network.model)
+    model = network.model
     layers = next(x for x in model.modules() if isinstance(x, nn.ModuleList))
     if args.precision == "pure-bf16" and not args.plan:
         model.to(torch.bfloat16)
@@ -741,9 +743,9 @@ def frugal(policy_or_scalar, args, device):
             checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False
         )
     if args.precision == "bf16":  # but not for the head of a number
-        inner = policy_or_scalar if isinstance(policy_or_scalar, Policy) else model
+        inner = network if isinstance(network, Policy) else model
         inner.forward = torch.autocast(device.type, torch.bfloat16)(inner.forward)
-    for module in (*layers, policy_or_scalar) if args.fsdp else ():
+    for module in (*layers, network) if args.fsdp else ():
         fully_shard(module, reshard_after_forward=True)
         module.set_gradient_divide_factor(1.0)  # a sum, as in add_up
         module.set_force_sum_reduction_for_comms(True)
@@ -858,7 +860,7 @@ def generate(policy, prompts, response_length, has_ended, uniforms):
 def response_logprobs(policy, tokens, prompt_length):
     """tokens [B, P + R] -> [B, R], 0 behind EOS [H42]"""
     responses = tokens[:, prompt_length:]
-    logprobs = policy.responses(tokens, prompt_length).log_prob(responses.clamp(min=0))
+    logprobs = policy.responses(tokens).log_prob(responses.clamp(min=0))
     return logprobs.masked_fill(responses == PAD, 0.0)
 
 
@@ -1974,7 +1976,7 @@ def plan(args: Args):
     task, P = TASKS[args.task], args.prompt_length
     if args.model:
         words = pretrained("AutoConfig", args.model).get_text_config().vocab_size
-        task = SimpleNamespace(num_tokens=words, prompt_length=P, longest=(P + R, "texts"))
+        task = SimpleNamespace(num_tokens=words, prompt_length=P, longest=(P + R, BOTH))
         task.judge = task
     P, parts = task.prompt_length, rank_of()[1] if args.fsdp else 1
 

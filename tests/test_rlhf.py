@@ -810,7 +810,7 @@ def test_vocabulary_of_a_policy():
 def test_log_probabilities_are_in_single_precision(dtype):
     table = torch.randn(1, P + R, 13, generator=generator()).to(dtype)
     tokens = random_tokens([9, 3], [8, 8])
-    logprobs = fake_policy(table).responses(tokens, P).log_prob(tokens[:, P:])
+    logprobs = fake_policy(table).responses(tokens).log_prob(tokens[:, P:])
     assert logprobs.dtype == torch.float32
     exact = table.float().log_softmax(2).expand(2, -1, -1)
     wanted = exact[:, P - 1 : -1].gather(2, tokens[:, P:, None]).squeeze(2)
@@ -835,7 +835,7 @@ def test_chunks_of_logits_change_nothing(chunk):
         gradients = torch.autograd.grad((factors * logprobs).sum(), (table, weight))
         return logprobs, distribution.entropy(), *gradients
 
-    words = policy.responses(tokens, P)
+    words = policy.responses(tokens)
     full = Categorical(logits=all_logits(policy, tokens[:, :-1])[:, P - 1 :])
     assert full.logits.shape == (3, R, 13)
     for ours, exact in zip(numbers(words), numbers(full), strict=True):

@@ -5,6 +5,7 @@ import functools
 import gc
 import importlib.util
 import json
+import math
 import multiprocessing
 import os
 import runpy
@@ -88,10 +89,15 @@ def as_rank(rank, ranks, port, folder, argv, hook):
     runpy.run_path(SCRIPT, run_name="__main__")
 
 
+def after_fork(function, *args):
+    torch.set_num_threads(1)  # a new pool, which threads that load weights would race to make
+    function(*args)
+
+
 def forked(ranks, function, *args, timeout=120):
     """The exit codes of function(rank, *args), in as many processes; nothing is imported again."""
     fork = multiprocessing.get_context("fork")
-    processes = [fork.Process(target=function, args=(i, *args)) for i in range(ranks)]
+    processes = [fork.Process(target=after_fork, args=(function, i, *args)) for i in range(ranks)]
     for process in processes:
         process.start()
     end = time.monotonic() + timeout
@@ -179,7 +185,8 @@ def torchrun(folder, ranks, *argv, **env):
 
 def ranks_of(process):
     """The processes that torchrun has started."""
-    found = subprocess.run(["ps", "--ppid", str(process.pid), "-o", "pid="], stdout=-1, check=False)
+    command = ["ps", "--ppid", str(process.pid), "-o", "pid="]
+    found = subprocess.run(command, stdout=subprocess.PIPE, check=False)
     return [int(pid) for pid in found.stdout.split()]
 
 
@@ -274,6 +281,7 @@ def farthest(one, other):
     """
     a, b = table(one), table(other)
     assert [*a] == [*b]  # the same rows in the same order
+    assert all(map(math.isfinite, [*a.values(), *b.values()]))
     differences = []
     for (step, name), x in a.items():
         y, power = b[step, name], 2 if name == "objective/sqrt_kl" else 1
