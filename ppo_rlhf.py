@@ -617,7 +617,7 @@ class Policy(nn.Module):
         Or, of actions [B, R] that follow the last ones, log-probabilities and entropies [B x R].
         """
         if actions is not None:
-            output = read(self.model.get_decoder(), tokens, use_cache=False)
+            output = read(self.decoder(), tokens, use_cache=False)
             hidden = output.last_hidden_state[:, -actions.shape[1] :]  # [B, R, d]
             chunks = [x.flatten(0, 1).split(self.chunk) for x in (hidden, actions)]
             again = functools.partial(checkpoint, use_reentrant=False)
@@ -633,7 +633,7 @@ class Policy(nn.Module):
         """Of some hidden states [n, d], logits by the model's own last lines, which may cap and
         scale them, as if they came from its decoder -> log-probabilities and entropies [n]
         """
-        decoder = self.model.get_decoder()
+        decoder = self.decoder()
         decoder.forward = lambda *_, **__: output(last_hidden_state=hidden[None])
         try:
             logits = self.model(input_ids=actions[None], use_cache=False).logits
@@ -643,6 +643,11 @@ class Policy(nn.Module):
         with torch.no_grad():
             entropies = words.entropy()
         return words.log_prob(actions), entropies
+
+    def decoder(self):
+        """The model without its head; before transformers 5 some call themselves their decoder."""
+        both = self.model.get_decoder(), self.model.base_model
+        return next(x for x in both if x is not self.model)
 
     def scaled(self, logits):
         return logits[..., : self.num_tokens].float() / self.temperature  # [H10] [H15] [H19]
@@ -1996,7 +2001,7 @@ def plan(args: Args):
             names.update({name: fake[x] for name, x in names.items()})
         for model in agent.children():
             frugal(model, dataclasses.replace(args, fsdp=False), cpu)
-            trunk = model.model.get_decoder() if isinstance(model, Policy) else model.model
+            trunk = model.decoder() if isinstance(model, Policy) else model.model
             if args.model:
                 trunk.register_forward_pre_hook(whole_mask, with_kwargs=True)
         tokens = torch.zeros(args.batch_size, P + R, dtype=torch.long)
