@@ -70,6 +70,7 @@ import tyro
 from torch import distributed as dist
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.distributions import Categorical
@@ -751,7 +752,8 @@ def frugal(network, args, device):
         inner = network if isinstance(network, Policy) else model
         inner.forward = torch.autocast(device.type, torch.bfloat16)(inner.forward)
     for module in (*layers, network) if args.fsdp else ():
-        fully_shard(module, reshard_after_forward=True)
+        mesh = init_device_mesh(device.type, (rank_of()[1],))
+        fully_shard(module, mesh=mesh, reshard_after_forward=True)
         module.set_gradient_divide_factor(1.0)  # a sum, as in add_up
         module.set_force_sum_reduction_for_comms(True)
 
@@ -837,7 +839,7 @@ def generate(policy, prompts, response_length, has_ended, uniforms):
     -> tokens [B, P + R] with padding after EOS, their log-probabilities [B, R]
     """
     B, P = prompts.shape
-    tokens = pad(prompts, (0, response_length, 0, 1), value=PAD)  # one row more, of no meaning
+    tokens = pad(prompts, (0, response_length, 0, 1), value=PAD)  # and a row for a rank that waits
     logprobs = torch.zeros(B + 1, response_length, device=prompts.device)
     uniforms = pad(uniforms, (0, 0, 0, 1))
     prompts, rows = prompts.unique(dim=0, return_inverse=True)

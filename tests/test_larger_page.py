@@ -20,7 +20,7 @@ def test_calculated_memory_is_what_was_measured():
     measured = [row for row in rows if row["measured"]]
     assert {row["case"] for row in measured} == make_larger.CASES.keys()
     for row in measured:
-        assert float(row["measured"]) == pytest.approx(float(row["calculated"]), rel=0.25, abs=0.3)
+        assert float(row["measured"]) == pytest.approx(float(row["calculated"]), rel=0.15)
 
 
 def test_bytes_of_all_weights_are_those_of_the_formula():
