@@ -42,7 +42,8 @@ from test_rlhf_models import rows as rows_of
 pytestmark = pytest.mark.xdist_group("rlhf_lora")
 
 files, no_hub = models.files, models.no_hub
-KINDS = ["gpt2", "llama", "gemma", "gpt_neox"]  # Conv1D and tied, bfloat16 in the file, tied, fused
+KINDS = ["gpt2", "llama", "gemma"]  # Conv1D and tied, bfloat16 in the file, tied; and fused
+KINDS += [pytest.param("gpt_neox", marks=pytest.mark.slow)]
 RANK = 2
 LORA = [f"--lora-rank={RANK}"]
 TREES = ("policy", "reference", "reward_model", "value_model")
@@ -853,6 +854,7 @@ def test_memory_counts_what_is_made():
         assert memory.now == 0
 
 
+@pytest.mark.slow
 def test_plan_is_less_with_what_saves_memory():
     """Each flag makes the row smaller that it is there for, the others no larger."""
     config_only("llama", **LARGE, intermediate_size=1024)
