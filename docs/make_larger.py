@@ -15,7 +15,6 @@ DOCS = Path(__file__).parent
 PAGE = DOCS / "larger_models.md"
 RESULTS = DOCS / "results"
 CASES = {"full": "all weights", "lora": "LoRA", "frugal": "LoRA, bf16, checkpointing"}
-PHASES = {"time/gen": "sampling", "time/score": "scoring", "time/train": "updates"}
 
 
 def load(name):
@@ -27,7 +26,9 @@ def load(name):
 
 def source(origin):
     """Command, date, machine and versions, in one paragraph."""
-    versions = ", ".join(f"{name} {version}" for name, version in origin["versions"].items())
+    versions = ", ".join(
+        f"{name} {version}" for name, version in origin["versions"].items() if version
+    )
     commit = origin.get("commit") or origin["commits"]["ours"]
     machine = f"{origin['cpus']} CPUs, {origin['cpu']}"
     return f"`{origin['command']}`, {origin['date']}, {machine}, {versions}; commit {commit[:12]}."
@@ -61,23 +62,10 @@ def sampling():
     return [*table(*body), "", source(origin)]
 
 
-def speed():
-    rows, origin = load("rlhf_speed_smollm2")
-    groups = {}
-    for row in rows:
-        groups.setdefault((row["program"], row["threads"]), []).append(row)
-    body = [("program", "threads", "episodes/s", *(f"{x}, s" for x in PHASES.values()))]
-    for key, group in groups.items():
-        names = ("episodes_per_second", *PHASES)
-        medians = [np.median([float(row[name]) for row in group]) for name in names]
-        body.append((*key, f"{medians[0]:.3f}", *(f"{x:.1f}" for x in medians[1:])))
-    return [*table(*body), "", source(origin)]
-
-
 def page():
     """The page with its figures renewed."""
     text = PAGE.read_text()
-    for function in (memory, sampling, speed):
+    for function in (memory, sampling):
         first = f"<!-- {function.__name__}, by make_larger.py -->\n"
         before, _, rest = text.partition(first)
         _, end, after = rest.partition("<!-- end of figures -->")
