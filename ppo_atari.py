@@ -1034,14 +1034,14 @@ if __name__ == "__main__":
     sys.path.insert(1, os.getcwd())  # --env-id module:id may be here
     if dist.is_torchelastic_launched():  # torchrun
         dist.init_process_group()
-        if dist.get_rank() > 0:
-            sys.stdout = open(os.devnull, "w")
+        sys.stdout = open(os.devnull, "w") if dist.get_rank() > 0 else sys.stdout
         if torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    args = parse_args(sys.argv[1:])
-    check_args(args)
+    check_args(args := parse_args(sys.argv[1:]))
     try:
         train(args)
+        if dist.is_initialized():
+            os._exit(0)  # else threads of gloo sometimes abort what has ended well
     except gym.error.Error as error:
         Run.now.stop(error) if Run.now else fail(error)
     except RuntimeError as error:
