@@ -85,8 +85,9 @@ DISCRETE_ONLY = [
 ]
 KEEP_MEMORY = [
     (
-        "    check_args(args)\n",
-        "    check_args(args)\n    import ctypes\n\n    libc = ctypes.CDLL(None)\n"
+        "    check_args(args := parse_args(sys.argv[1:]))\n",
+        "    check_args(args := parse_args(sys.argv[1:]))\n"
+        "    import ctypes\n\n    libc = ctypes.CDLL(None)\n"
         "    libc.mallopt(-3, 2**30)\n    libc.mallopt(-1, 2**31 - 1)\n",
     )
 ]

@@ -598,7 +598,7 @@ def test_phases_of_trl(trl):
     """Generation takes a second, scoring two, training two and two."""
     clock = SimpleNamespace(now=10.0)
     trl.second, trl.sleep = 1, lambda seconds: setattr(clock, "now", clock.now + seconds)
-    metrics = runpy.run_path(rlhf_speed.TRL)["Metrics"]
+    metrics = runpy.run_path(str(rlhf_speed.TRL))["Metrics"]
     metrics.on_step_end.__globals__["time"] = SimpleNamespace(time=lambda: clock.now)
     callback = metrics(Path("runs/trl"), batch_size=4, pad_token_id=0)
     token = SimpleNamespace(pad_token_id=0)
