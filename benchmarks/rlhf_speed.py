@@ -18,7 +18,7 @@ With --model, a folder that smollm2_model.py has made, an update is that of four
 two of which learn, all in fp32: batches of 32, prompts of 35 to 42 tokens (smollm2/prompts.jsonl),
 responses of 32 at most, gradients of 8 texts at a time. TRL, which has one size for both, samples
 32 texts at a time as ours does, and scores 32 where ours scores 8. That is rlhf_speed_smollm2.csv
-and .json, without the floor.
+and .json.
 """
 
 import dataclasses
@@ -80,19 +80,23 @@ def episodes_per_second(metrics) -> float:
     return (rows[-1][0] - rows[0][0]) / (rows[-1][1] - rows[0][1])
 
 
-def floor(epochs: int) -> dict[str, float]:
+def floor(flags: list[str]) -> dict[str, float]:
     """Milliseconds of an update's phases if all there was were its products, one thread."""
     torch.set_num_threads(1)
-    args = ppo_rlhf.Args()
+    args = ppo_rlhf.parse_args(flags)
     task = ppo_rlhf.TASKS[args.task]
+    if args.model:
+        task = ppo_rlhf.Texts(args.model, args)
+        task.load(args)
     agent = ppo_rlhf.Agent(task, args)
-    tokens = torch.zeros(BATCH, task.prompt_length + args.response_length, dtype=torch.long)
+    size = (args.batch_size, task.prompt_length + args.response_length)
+    tokens = torch.zeros(size, dtype=torch.long)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         policy, _ = agent(tokens)  # two networks
         policy.log_prob(tokens[:, task.prompt_length :])  # and the logits, if they come this late
     pass_ms = 1e3 * counter.get_total_flops() / matrix_rate(torch.device("cpu"), torch.float32)
     # one network, each token once; three passes without, some epochs with gradients, by two
-    return {"gen": pass_ms / 2, "score": 2 * pass_ms, "train": 3 * epochs * pass_ms}
+    return {"gen": pass_ms / 2, "score": 2 * pass_ms, "train": 3 * args.update_epochs * pass_ms}
 
 
 def settings(args: Args, folder: Path) -> tuple[list[str], list[str]]:
@@ -134,13 +138,12 @@ def main(args: Args):
                     found = [value for _, _, value in values(run.metrics, column)]
                     row[column] = round(statistics.median(found), 4) if found else ""
                 save(args.out / f"{name}.csv", rows, row | {"commit": program.commit})
+        least = floor(both)
     origin = {"command": without_paths(sys.argv), "date": datetime.date.today().isoformat()}
     commits = {"ours": commit_of(ROOT), "TRL": "1.9.0" if args.trl else None}
-    origin |= machine() | {"commits": commits}
+    origin |= machine() | {"commits": commits, "floor_milliseconds": least}
     if args.model:
         origin["versions"]["transformers"] = metadata.version("transformers")
-    else:
-        origin["floor_milliseconds"] = floor(args.epochs)
     (args.out / f"{name}.json").write_text(json.dumps(origin, indent=2) + "\n")
 
 

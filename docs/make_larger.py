@@ -14,6 +14,7 @@ from make_rlhf import table
 DOCS = Path(__file__).parent
 PAGE = DOCS / "larger_models.md"
 RESULTS = DOCS / "results"
+PHASES = {"time/gen": "sampling", "time/score": "scoring", "time/train": "updates"}
 CASES = {"full": "all weights", "lora": "LoRA", "frugal": "LoRA, bf16, checkpointing"}
 
 
@@ -62,10 +63,25 @@ def sampling():
     return [*table(*body), "", source(origin)]
 
 
+def speed():
+    rows, origin = load("rlhf_speed_smollm2")
+    groups = {}
+    for row in rows:
+        groups.setdefault((row["program"], row["threads"]), []).append(row)
+    body = [("program", "threads", "episodes/s", *(f"{x}, s" for x in PHASES.values()))]
+    for key, group in groups.items():
+        names = ("episodes_per_second", *PHASES)
+        medians = [np.median([float(row[name]) for row in group]) for name in names]
+        body.append((*key, f"{medians[0]:.3f}", *(f"{x:.1f}" for x in medians[1:])))
+    least = [origin["floor_milliseconds"][name.removeprefix("time/")] / 1e3 for name in PHASES]
+    body.append(("products alone", "1", "", *(f"{x:.1f}" for x in least)))
+    return [*table(*body), "", source(origin)]
+
+
 def page():
     """The page with its figures renewed."""
     text = PAGE.read_text()
-    for function in (memory, sampling):
+    for function in (memory, sampling, speed):
         first = f"<!-- {function.__name__}, by make_larger.py -->\n"
         before, _, rest = text.partition(first)
         _, end, after = rest.partition("<!-- end of figures -->")
