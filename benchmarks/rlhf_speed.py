@@ -117,6 +117,7 @@ def settings(args: Args, folder: Path) -> tuple[list[str], list[str]]:
 
 def main(args: Args):
     results_folder(args.out)
+    commit = commit_of(ROOT)  # before there are results
     rows, name = [], "rlhf_speed_smollm2" if args.model else "rlhf_speed"
     with tempfile.TemporaryDirectory() as cache, tempfile.TemporaryDirectory() as folder:
         both, only_ours = settings(args, Path(folder))
@@ -125,7 +126,7 @@ def main(args: Args):
             for threads in ("1", "default"):
                 used = ALL if threads == "default" else threads
                 command = [ROOT / "ppo_rlhf.py", *only_ours, "--torch-threads", used]
-                order.append(Program("ours", "fp32", used, command, commit_of(ROOT)))
+                order.append(Program("ours", "fp32", used, command, commit))
                 if args.trl:
                     order.append(Program("TRL", "fp32", threads, [TRL], "1.9.0"))
             for program in order if number % 2 else reversed(order):
@@ -140,7 +141,7 @@ def main(args: Args):
                 save(args.out / f"{name}.csv", rows, row | {"commit": program.commit})
         least = floor(both)
     origin = {"command": without_paths(sys.argv), "date": datetime.date.today().isoformat()}
-    commits = {"ours": commit_of(ROOT), "TRL": "1.9.0" if args.trl else None}
+    commits = {"ours": commit, "TRL": "1.9.0" if args.trl else None}
     origin |= machine() | {"commits": commits, "floor_milliseconds": least}
     if args.model:
         origin["versions"]["transformers"] = metadata.version("transformers")
