@@ -18,6 +18,7 @@ Notation, used without exception below
     mask [B, R]           true for the tokens of a response, up to and including EOS
     values[t] = V(s_t)    s_t: the prompt and t tokens; dones[t] = 1 from the last token on
     KL                    to the SFT policy, in nats for a whole response
+    G = group_size        responses to one prompt, side by side in the rollout
 
 References
     [PPO]   Schulman et al. 2017, Proximal Policy Optimization Algorithms, arXiv:1707.06347
@@ -30,6 +31,8 @@ References
     [GAO]   Gao et al. 2022, Scaling Laws for Reward Model Overoptimization, arXiv:2210.10760
     [MAX]   Zheng et al. 2023, Secrets of RLHF in Large Language Models I, arXiv:2307.04964
     [N+]    Huang et al. 2024, The N+ Implementation Details of RLHF with PPO, arXiv:2403.17031
+    [GRPO]  Shao et al. 2024, DeepSeekMath, arXiv:2402.03300
+    [DR]    Liu et al. 2025, Understanding R1-Zero-Like Training, arXiv:2503.20783 (Dr. GRPO)
 """
 
 # /// script
@@ -151,9 +154,12 @@ class Args:
 
     total_episodes: Count = 8320  # responses sampled in total
     batch_size: Count = 128  # B, responses per rollout [H56]
+    group_size: Count = 1  # G, responses to each prompt; above 1: GRPO, without value model
+    loss_mean: Literal["token", "response"] = "token"  # of the policy loss; response: GRPO's
     gamma: Fraction = 1.0  # no discount [H49]
     gae_lambda: Fraction = 0.95  # trades bias against variance of the advantages [H50]
-    kl_coef: Weight = 0.1  # beta, weight of the KL to the SFT policy in the reward [H44]
+    kl_coef: Weight = 0.1  # beta, weight of the KL to the SFT policy [H44]
+    kl_in: Literal["reward", "loss"] = "reward"  # where it stands; loss: GRPO's, by k3
     kl_estimator: Literal["k1", "k2", "k3"] = "k1"  # joschu.net/blog/kl-approx.html
     kl_target: Positive | None = None  # adapt beta to keep the KL here, in nats a response [H46]
     kl_horizon: Count = 10_000  # episodes that adaption takes
@@ -167,7 +173,7 @@ class Args:
     learning_rate: Weight = 3e-4  # step size of AdamW at the start
     value_learning_rate: Weight | None = None  # that of the value model; None: the same [H38]
     anneal_lr: bool = True  # lower the learning rates linearly to zero [H17]
-    norm_adv: bool = True  # whiten advantages over the whole rollout [H52]
+    norm_adv: bool = True  # whiten advantages over the whole rollout [H52], or in a group
     clip_coef: Positive = 0.2  # epsilon, how far the policy may move per rollout [H55]
     clip_coef_high: Positive | None = None  # another epsilon upwards, "clip-higher"; None: the same
     clip_vloss: bool = True  # clip the change of the value function by epsilon, too [H54]
@@ -714,7 +720,9 @@ class Agent(nn.Module):
             learns = "rm" in args.stages or args.load or args.resume
             path = args.reward_model
             self.reward_model = scalar_model(path, task.judge, model, args, learns)
-        if args.value_model or args.value_init == "sft" or not args.rm_coef:
+        if args.group_size > 1:
+            self.value_model = None
+        elif args.value_model or args.value_init == "sft" or not args.rm_coef:
             self.value_model = scalar_model(args.value_model, task, model, args)
         elif task.judge is task:
             self.value_model = twin(self.reward_model)  # shares nothing that learns
@@ -726,7 +734,9 @@ class Agent(nn.Module):
 
     def forward(self, tokens):
         """tokens [M, P + R] -> distribution of response tokens [M, R], values before them [M, R]"""
-        values = self.value_model(tokens[:, :-1])[:, self.prompt_length - 1 :]  # [H14]
+        values = torch.zeros_like(tokens[:, self.prompt_length :], dtype=torch.float32)
+        if self.value_model:
+            values = self.value_model(tokens[:, :-1])[:, self.prompt_length - 1 :]  # [H14]
         return self.policy.responses(tokens), values
 
 
@@ -957,29 +967,55 @@ def response_advantages(rewards, values, mask, gamma, gae_lambda):
     return torch.as_tensor(gae(*arrays, gamma, gae_lambda)).T.to(rewards.device)
 
 
-def ppo_loss(agent, minibatch, num_tokens, clip_coef, clip_coef_high, vf_coef, clip_vloss):
+def group_advantages(outcomes, scores, group_size, norm_adv):
+    """[X7] How much better a response is than others to the same prompt: there is no critic.
+
+        A_i = (R_i - mean(R)) / (std(R) + 1e-8)    over a group, [GRPO] 4.1.2; [DR] does not divide
+
+    outcomes R [B], the sums of the rewards, and scores [B]: what is in R but for the KL. A group
+    of equal scores, in which nothing is better than anything else, gets 0.
+    -> advantages [B], the share of such groups []
+    """
+    outcomes, scores = outcomes.view(-1, group_size), scores.view(-1, group_size)
+    advantages = outcomes - outcomes.mean(1, keepdim=True)
+    if norm_adv:
+        advantages = advantages / (outcomes.std(1, correction=0, keepdim=True) + 1e-8)
+    equal = scores.amax(1, keepdim=True) == scores.amin(1, keepdim=True)
+    return advantages.masked_fill(equal, 0.0).flatten(), equal.float().mean()
+
+
+def ppo_loss(agent, minibatch, sizes, clip_coef, clip_coef_high, vf_coef, clip_vloss, kl_coef):
     """The objective of [PPO] equation 9, negated, without an entropy bonus.
 
-        L = E[ min(r A, clip(r, 1 - eps, 1 + eps) A) - c1 (V - R)^2 / 2 ]
+        L = E[ min(r A, clip(r, 1 - eps, 1 + eps) A) - beta KL - c1 (V - R)^2 / 2 ]
 
-    with r = pi(a|s) / pi_old(a|s). minibatch: tokens [M, P + R] and, each [M, R], log pi_old(a|s),
-    V_old(s), A, R and the mask of what counts. The mean is over num_tokens, of which this may be
-    a part only: then the losses, and all statistics, of the parts add up.
+    with r = pi(a|s) / pi_old(a|s); beta is 0 if the KL is in the rewards. minibatch: tokens
+    [M, P + R] and, each [M, R], log pi_old(a|s), V_old(s), A, R, log pi_ref(a|s) and the mask of
+    what counts. The mean is over num_tokens; that of the policy's terms, if sizes has
+    num_responses, over these, of the means of their tokens, [GRPO] equation 3. This may be a part
+    only: then the losses, and all statistics, of the parts add up.
     -> loss [], dict of statistics []
     """
 
     def mean(x):
         return (x * mask).sum() / num_tokens
 
-    tokens, logprobs, values, advantages, returns, mask = minibatch
+    def average(x):
+        by_response = x * mask / mask.sum(1, keepdim=True)  # [X7]
+        return by_response.sum() / num_responses if num_responses else mean(x)
+
+    num_tokens, num_responses = sizes
+
+    tokens, logprobs, values, advantages, returns, reference_logprobs, mask = minibatch
     actions = tokens[:, -mask.shape[1] :].clamp(min=0)
     policy, new_values = agent(tokens)
-    logratio = (policy.log_prob(actions) - logprobs).masked_fill(~mask, 0.0)  # [H42]
+    new_logprobs = policy.log_prob(actions)
+    logratio = (new_logprobs - logprobs).masked_fill(~mask, 0.0)  # [H42]
     ratio = logratio.exp()
     approx_kl = mean(0.5 * logratio**2)  # [H62] k2, not k3 as in the other scripts
 
     clipped_ratio = ratio.clamp(1 - clip_coef, 1 + clip_coef_high)
-    policy_loss = -mean(torch.min(ratio * advantages, clipped_ratio * advantages))  # [C8] [H55]
+    policy_loss = -average(torch.min(ratio * advantages, clipped_ratio * advantages))  # [C8] [H55]
 
     value_losses = unclipped_losses = (new_values - returns) ** 2
     if clip_vloss:  # [C9] [H54] the worse of the two, so that clipping cannot hide an error
@@ -988,6 +1024,9 @@ def ppo_loss(agent, minibatch, num_tokens, clip_coef, clip_coef_high, vf_coef, c
     value_loss = 0.5 * mean(value_losses)
 
     loss = policy_loss + vf_coef * value_loss
+    if kl_coef:  # [H61] [GRPO] equation 4
+        logratio = (new_logprobs - reference_logprobs).masked_fill(~mask, 0.0)
+        loss = loss + kl_coef * average(kl_estimate(logratio, "k3"))
 
     stats = {  # [C12] what to watch, over the tokens that count
         "loss/policy": policy_loss,
@@ -1013,7 +1052,9 @@ def micro_batches(rows, size):
         yield (some, 1.0) if len(some) else (rows[:1], 0.0)
 
 
-def ppo_gradient(agent, batch, indices, ptx_tokens, ptx_coef, micro_size, max_grad_norm, *others):
+def ppo_gradient(
+    agent, batch, indices, ptx_tokens, ptx_coef, micro_size, max_grad_norm, loss_mean, *others
+):
     """Leave the clipped gradient of ppo_loss for the minibatch batch[indices] in the parameters.
 
     It is the same whatever the number of texts that go through the networks at once. Texts of like
@@ -1022,12 +1063,12 @@ def ppo_gradient(agent, batch, indices, ptx_tokens, ptx_coef, micro_size, max_gr
     """
     *batch, lengths = batch
     indices = indices[lengths[indices].argsort()]
-    num_tokens, stats = lengths[indices].sum().item(), {}
+    sizes, stats = (lengths[indices].sum().item(), (loss_mean == "response") * len(indices)), {}
     for part, factor in micro_batches(indices, micro_size):
         padding = batch[-1].shape[1] - lengths[part].max().item()
         texts = [x[part.to(x.device, non_blocking=True)] for x in batch]
         short = [x[:, : x.shape[1] - padding] for x in texts]
-        loss, part_stats = ppo_loss(agent, short, num_tokens, *others)
+        loss, part_stats = ppo_loss(agent, short, sizes, *others)
         (factor * loss).backward()
         stats = {name: stats.get(name, 0.0) + factor * x for name, x in part_stats.items()}
     if ptx_tokens is not None:  # [H64]
@@ -1037,8 +1078,9 @@ def ppo_gradient(agent, batch, indices, ptx_tokens, ptx_coef, micro_size, max_gr
             (ptx_coef * factor * sft_loss(agent.policy, part, P, num_tokens)).backward()
     add_up(agent, stats)  # [X2]
     for name, network in (("policy", agent.policy), ("val", agent.value_model)):
-        norm = nn.utils.clip_grad_norm_(network.parameters(), max_grad_norm)  # [H39]
-        stats[f"{name}/grad_norm"] = norm
+        if network:
+            norm = nn.utils.clip_grad_norm_(network.parameters(), max_grad_norm)  # [H39]
+            stats[f"{name}/grad_norm"] = norm
     return stats
 
 
@@ -1281,35 +1323,37 @@ def train_ppo(args, task, agent, run):
         run.numbers |= {"kl_coef": args.kl_coef, "score_sums": [0, 0.0, 0.0], "negative_kl": 0}
         if not args.ref_model:
             policy.load_state_dict(reference.state_dict())
-        if not args.value_model and args.value_init == "rm" and args.rm_coef:
+        if value_model and not args.value_model and args.value_init == "rm" and args.rm_coef:
             value_model.load_state_dict(agent.reward_model.state_dict())  # [H34] [H36]
-        elif not args.value_model:
+        elif value_model and not args.value_model:
             value_model.model.load_state_dict(policy.model.base_model.state_dict())
             nn.init.zeros_(value_model.head.weight)  # [H35]
     value_lr = args.learning_rate if args.value_learning_rate is None else args.value_learning_rate
     clip_coef_high = args.clip_coef if args.clip_coef_high is None else args.clip_coef_high
-    learning = [[x for x in x.parameters() if x.requires_grad] for x in (policy, value_model)]
+    learning = [model for model in (policy, value_model) if model]
+    learning = [[x for x in model.parameters() if x.requires_grad] for model in learning]
     groups = [{"params": weights} for weights in learning]  # [H38]
     optimizer = torch.optim.AdamW(groups, eps=1e-5, fused=True)  # [H16]
 
     def said_of(tokens):
         logprobs = [response_logprobs(x, tokens, P) for x in (policy, reference)]  # [H65] again
-        return *logprobs, value_model(tokens[:, :-1])
+        return *logprobs, agent(tokens)[1]
 
-    coefficients = (args.ptx_coef, args.micro_batch_size, args.max_grad_norm)
+    coefficients = (args.ptx_coef, args.micro_batch_size, args.max_grad_norm, args.loss_mean)
     coefficients += (args.clip_coef, clip_coef_high, args.vf_coef, args.clip_vloss)
-    B, P = args.batch_size, task.prompt_length
+    B, G, P = args.batch_size, args.group_size, task.prompt_length
+    warmup = args.critic_warmup if value_model else 0
 
     for iteration in run.steps("ppo", args.num_iterations, optimizer):
         remaining = 1 - (iteration - 1) / args.num_iterations
-        for group, lr in zip(optimizer.param_groups, (args.learning_rate, value_lr), strict=True):
+        for group, lr in zip(optimizer.param_groups, (args.learning_rate, value_lr), strict=False):
             group["lr"] = lr * (remaining if args.anneal_lr else 1)  # [C4] [H17]
         for weights in learning[0]:
-            weights.requires_grad_(iteration > args.critic_warmup)  # [H34]
+            weights.requires_grad_(iteration > warmup)  # [H34]
         global_step, rng, times = iteration * B, stream(args, "ppo", iteration), [time.time()]
 
-        # rollout: a response to each of B prompts
-        rows = task.rows("prompts", B, rng)
+        # rollout: B responses, G to each prompt
+        rows = [row for row in task.rows("prompts", B // G, rng) for _ in range(G)]
         tokens, sampled_logprobs = sample(args, task, policy, write_texts(task, rows), rng)
         mask = tokens[:, P:] != PAD  # [H42]
         has_eos = task.ended(tokens[:, P:])
@@ -1317,7 +1361,7 @@ def train_ppo(args, task, agent, run):
 
         # log-probabilities and values under the policy that acted, which is still the current one
         logprobs, reference_logprobs, values = spread(said_of, args.micro_batch_size, tokens)
-        logratio, values = logprobs - reference_logprobs, values[:, P - 1 :] * mask
+        logratio, values = logprobs - reference_logprobs, values * mask
 
         # rewards: the score at the end, the KL penalty all the way
         scores = final_scores = score(rows, tokens)
@@ -1327,33 +1371,41 @@ def train_ppo(args, task, agent, run):
             final_scores = (scores - mean) / (std + 1e-8)
             final_scores = final_scores.clamp(-args.reward_clip, args.reward_clip)
         kl_coef = args.kl_coef if args.kl_target is None else run.numbers["kl_coef"]
+        in_reward, in_loss = (kl_coef, 0.0) if args.kl_in == "reward" else (0.0, kl_coef)  # [H61]
         kl = kl_estimate(logratio, args.kl_estimator)
-        rewards = token_rewards(final_scores, has_eos, kl, mask, kl_coef, args.missing_eos_penalty)
+        penalty = args.missing_eos_penalty
+        rewards = token_rewards(final_scores, has_eos, kl, mask, in_reward, penalty)
         if args.whiten_rewards:
             rewards = whiten(rewards, mask, shift_mean=False)  # [H47]
         run.check_finite(global_step, values=values, rewards=rewards)
         times.append(time.time())
 
         # advantages and value targets
-        advantages = response_advantages(rewards, values, mask, args.gamma, args.gae_lambda)
-        returns = advantages + values  # [H53]
-        if args.norm_adv:
-            advantages = whiten(advantages, mask)  # [H52]
+        if G > 1:  # [X7]
+            outcomes, final_scores = rewards.sum(1), final_scores.where(has_eos, penalty)
+            advantages, dead = group_advantages(outcomes, final_scores, G, args.norm_adv)
+            advantages, returns = advantages[:, None] * mask, values
+        else:
+            advantages = response_advantages(rewards, values, mask, args.gamma, args.gae_lambda)
+            returns = advantages + values  # [H53]
+            if args.norm_adv:
+                advantages = whiten(advantages, mask)  # [H52]
         run.check_finite(global_step, advantages=advantages)
         run.numbers["score_sums"] = score_sums
 
         # update: several epochs of minibatches drawn without replacement
-        batch = [tokens, logprobs, values, advantages, returns, mask, mask.sum(1).cpu()]
+        batch = [tokens, logprobs, values, advantages, returns, reference_logprobs, mask]
+        batch, settings = [*batch, mask.sum(1).cpu()], (*coefficients, in_loss)
         ptx_tokens, ptx_size = None, args.ptx_ratio * args.minibatch_size
         stats = []
         for _ in range(args.update_epochs):
             order = torch.as_tensor(rng.permutation(B))  # [H58]
             for indices in order.split(args.minibatch_size):  # [H56]
-                if args.ptx_coef and iteration > args.critic_warmup:
+                if args.ptx_coef and iteration > warmup:
                     texts = task.rows("sft", ptx_size, rng)
                     ptx_tokens = write_texts(task, texts, args.response_length).to(run.device)
                 optimizer.zero_grad()
-                stats.append(ppo_gradient(agent, batch, indices, ptx_tokens, *coefficients))
+                stats.append(ppo_gradient(agent, batch, indices, ptx_tokens, *settings))
                 optimizer.step()
         times.append(time.time())
 
@@ -1373,7 +1425,7 @@ def train_ppo(args, task, agent, run):
             "objective/entropy": -logprobs.sum(1).mean().item(),
             "objective/scores": scores.mean().item(),
             "objective/scores_std": scores.std(correction=0).item(),
-            "objective/non_score_reward": -kl_coef * kl.sum(1).mean().item(),
+            "objective/non_score_reward": -in_reward * kl.sum(1).mean().item(),
             "objective/rlhf_reward": rewards.sum(1).mean().item(),
             "objective/missing_eos": 1 - has_eos.float().mean().item(),
             "ppo/val/num_eos_tokens": has_eos.sum().item(),
@@ -1387,6 +1439,7 @@ def train_ppo(args, task, agent, run):
             **{f"gold/{name}": float(value.mean()) for name, value in gold.items()},
             **dict(zip(("time/gen", "time/score", "time/train"), np.diff(times), strict=True)),
         }
+        means |= {"objective/dead_groups": dead.item()} if G > 1 else {}
         run.log_iteration(iteration, global_step, means)
         worth = {"score": scores, "kl": response_kl} | ({"gold": gold["score"]} if gold else {})
         run.log_samples(iteration, global_step, task, rows, tokens, **worth)
@@ -1400,6 +1453,7 @@ def train_ppo(args, task, agent, run):
                 "sampler and trainer log-probabilities differ": mismatch > 1e-3,
                 "the KL has been negative for 10 rollouts": run.numbers["negative_kl"] >= 10,
                 "all scores are equal, nothing can be learned": scores.min() == scores.max(),
+                "most groups have equal scores": means.get("objective/dead_groups", 0.0) > 0.5,
                 "most responses do not end": means["objective/missing_eos"] > 0.5,
                 "the entropy has collapsed": means["ppo/policy/entropy"]
                 < 0.05 * run.numbers["first_entropy"],
@@ -1505,6 +1559,10 @@ def check_args(args: Args):
     if args.batch_size % args.num_minibatches:
         parts = f"{args.num_minibatches} equal --num-minibatches"
         fail(f"--batch-size {args.batch_size} cannot be divided into {parts}")
+    if args.batch_size % args.group_size:
+        fail(f"--batch-size {args.batch_size} is no multiple of --group-size {args.group_size}")
+    if args.group_size > 1 and args.value_model:
+        fail("--value-model: there is none with --group-size")
     if args.total_episodes < args.batch_size:
         fail(f"--total-episodes {args.total_episodes} is less than one --batch-size")
     stages = [stage for stage in STAGES if stage in args.stages.split(",")]
@@ -1979,7 +2037,8 @@ class Memory(TorchDispatchMode):
 
 def plan(args: Args):
     """What memory PPO takes: its own code is run on tensors without data, nothing is downloaded."""
-    R, m, cpu = args.response_length, args.micro_batch_size, torch.device("cpu")
+    m = min(args.micro_batch_size, args.batch_size)
+    R, cpu = args.response_length, torch.device("cpu")
     task, P = TASKS[args.task], args.prompt_length
     if args.model:
         words = pretrained("AutoConfig", args.model).get_text_config().vocab_size
@@ -2009,10 +2068,11 @@ def plan(args: Args):
         tokens = torch.zeros(args.batch_size, P + R, dtype=torch.long)
         with Memory() as sampling, torch.no_grad():
             agent.policy(tokens, 1, use_cache=True)
-        batch = [tokens[:m], *torch.zeros(4, m, R), torch.ones(m, R, dtype=torch.bool)]
+        batch = [tokens[:m], *torch.zeros(5, m, R), torch.ones(m, R, dtype=torch.bool)]
+        numbers = ((m * R, m), 0.2, 0.2, args.vf_coef, args.clip_vloss, args.kl_coef)
         with Memory() as update:
             for _ in range(2):  # the second adds to gradients that are there
-                loss, _ = ppo_loss(agent, batch, m * R, 0.2, 0.2, args.vf_coef, args.clip_vloss)
+                loss, _ = ppo_loss(agent, batch, *numbers)
                 loss.backward()
     rows, seen, learning = {}, set(), 0
     for name, model in agent.named_children():

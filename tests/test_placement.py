@@ -87,12 +87,12 @@ def test_gradient_of_words(demonstrations):
     n, P, R = 6, task.prompt_length, 5
     tokens, mask = meta(n, P + R, dtype=torch.int64), meta(n, R, dtype=torch.bool)
     lengths = torch.tensor([5, 1, 3, 2, 5, 4])
-    batch = [tokens, *(meta(n, R) for _ in range(4)), mask, lengths]
+    batch = [tokens, *(meta(n, R) for _ in range(5)), mask, lengths]
     with torch.no_grad():
         logprobs = ppo_rlhf.response_logprobs(agent.policy, tokens, P)
     assert logprobs.device == META
     ptx = (meta(3, P + R, dtype=torch.int64), 0.5) if demonstrations else (None, 0.0)
-    sizes = (2, 1.0, 0.2, 0.2, 0.1, True)
+    sizes = (2, 1.0, "response", 0.2, 0.2, 0.1, True, 0.1)
     stats = ppo_rlhf.ppo_gradient(agent, batch, torch.tensor([4, 1, 3, 5]), *ptx, *sizes)
     learning = [*agent.policy.parameters(), *agent.value_model.parameters()]
     assert_gradient(learning, stats, {"loss/policy", "policy/grad_norm", "val/grad_norm"})

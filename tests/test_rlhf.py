@@ -66,14 +66,25 @@ def random_batch(agent, tokens):
         logprobs = rlhf.response_logprobs(agent.policy, tokens, P)
         values = agent.value_model(tokens)[:, P - 1 : -1] * mask
     logprobs, values = logprobs + 0.1 * noise[0], values + 0.1 * noise[1]
-    return [tokens, logprobs, values, noise[2], values + noise[3], mask]
+    reference = logprobs + torch.randn(*mask.shape, generator=rng, dtype=torch.float64) * mask
+    return [tokens, logprobs, values, noise[2], values + noise[3], reference, mask]
 
 
-def gradient(agent, batch, micro_size=512, max_norm=1e9, ptx=(None, 0.0), vf_coef=0.1, rows=None):
+def gradient(
+    agent,
+    batch,
+    micro_size=512,
+    max_norm=1e9,
+    ptx=(None, 0.0),
+    vf_coef=0.1,
+    rows=None,
+    loss_mean="token",
+    kl_coef=0.0,
+):
     """What ppo_gradient leaves in the parameters, by name, and its statistics."""
     agent.zero_grad()
     rows = torch.arange(len(batch[0])) if rows is None else rows
-    sizes = (micro_size, max_norm, 0.2, 0.2, vf_coef, True)
+    sizes = (micro_size, max_norm, loss_mean, 0.2, 0.2, vf_coef, True, kl_coef)
     batch = [*batch, batch[-1].sum(1)]
     stats = rlhf.ppo_gradient(agent, batch, rows, *ptx, *sizes)
     named = {name: p.grad for name, p in agent.named_parameters() if p.grad is not None}
@@ -102,9 +113,9 @@ def loss_of(n=1, mask=True, num_tokens=None, clip=(0.2, 0.2), vf_coef=0.0, clip_
 
     mask = torch.as_tensor(mask).expand(1, n)
     rollout = [row(data.get(name, 0)) for name in ("values", "advantages", "returns")]
-    minibatch = [torch.zeros(1, 2 + n, dtype=torch.long), row(-2), *rollout, mask]
-    num_tokens = torch.as_tensor(num_tokens or mask.sum())
-    loss, stats = rlhf.ppo_loss(agent, minibatch, num_tokens, *clip, vf_coef, clip_vloss)
+    minibatch = [torch.zeros(1, 2 + n, dtype=torch.long), row(-2), *rollout, row(-5), mask]
+    sizes = (torch.as_tensor(num_tokens or mask.sum()), 0)
+    loss, stats = rlhf.ppo_loss(agent, minibatch, sizes, *clip, vf_coef, clip_vloss, 0.0)
     loss.backward()
     gradients = {name: None if x.grad is None else x.grad[0].tolist() for name, x in new.items()}
     return loss.item(), {name: value.item() for name, value in stats.items()}, gradients
@@ -755,8 +766,8 @@ def test_logit_value_alignment_in_the_loss():
 
     tokens = random_tokens([9, 3], [8, 2])
     mask = tokens[:, P:] != PAD
-    minibatch = [tokens, *torch.zeros(4, 2, R), mask]
-    rlhf.ppo_loss(agent, minibatch, mask.sum(), 0.2, 0.2, 0.1, True)
+    minibatch = [tokens, *torch.zeros(5, 2, R), mask]
+    rlhf.ppo_loss(agent, minibatch, (mask.sum(), 0), 0.2, 0.2, 0.1, True, 0.0)
     assert torch.equal(asked[0], tokens[:, P:].clamp(min=0))
 
 
@@ -769,7 +780,7 @@ def test_logit_value_alignment_in_a_run(monkeypatch):
     seen = before_each(monkeypatch, "ppo_loss", look)
     train(num_minibatches=1, update_epochs=1)
     assert len(seen) == 3
-    for new_values, (*_, values, _, _, mask) in seen:
+    for new_values, (*_, values, _, _, _, mask) in seen:
         assert torch.allclose(values, new_values * mask, atol=1e-6)
         assert (values[~mask] == 0).all()
         assert values[mask].std() > 0
@@ -1163,7 +1174,7 @@ def test_post_eos_noop_in_the_update():
     batch = random_batch(agent, random_tokens([9, 3, 5], [1, 8, 4]))
     gradients, stats = gradient(agent, batch)
     mask = batch[-1]
-    other = [batch[0], *(x.masked_fill(~mask, 77.0) for x in batch[1:5]), mask]
+    other = [batch[0], *(x.masked_fill(~mask, 77.0) for x in batch[1:6]), mask]
     gradients_too, stats_too = gradient(agent, other)
     assert stats == stats_too
     assert same(gradients, gradients_too)
@@ -1740,10 +1751,10 @@ def test_returns_not_whitened(monkeypatch):
     for norm_adv in (True, False):
         train(norm_adv=norm_adv, total_episodes=12, num_minibatches=1, update_epochs=1)
     (one, two), unwhitened = [args[1] for args, _ in updates], raw[0][1]
-    for _, _, values, _, returns, mask, _ in (one, two):
+    for _, _, values, _, returns, _, mask, _ in (one, two):
         assert torch.equal(returns, unwhitened + values)
         assert (returns[~mask] == 0).all()
-    whitened, mask = one[3], one[5]
+    whitened, mask = one[3], one[6]
     assert torch.equal(two[3], unwhitened)
     assert whitened[mask].mean().item() == pytest.approx(0, abs=1e-6)
     assert whitened[mask].std(correction=0).item() == pytest.approx(1, abs=1e-4)
@@ -1757,7 +1768,7 @@ def test_whiten_the_advantages_of_a_whole_rollout(monkeypatch):
     train(total_episodes=12, num_minibatches=4, update_epochs=1)
     means = []
     for (_, batch, rows, *_), _ in updates:
-        advantages, mask = batch[3], batch[5]
+        advantages, mask = batch[3], batch[6]
         assert advantages[mask].mean().item() == pytest.approx(0, abs=1e-6)
         assert advantages[mask].std(correction=0).item() == pytest.approx(1, abs=1e-4)
         means.append(advantages[rows][mask[rows]].mean().item())
@@ -1834,7 +1845,8 @@ def test_clip_higher_in_a_run(monkeypatch, high, used):
     updates = spy(monkeypatch, rlhf, "ppo_gradient")
     changes = {"vf_coef": 0.7, "clip_vloss": False, "micro_batch_size": 4, "max_grad_norm": 0.6}
     train(clip_coef=0.3, clip_coef_high=high, ptx_coef=0.1, total_episodes=12, **changes)
-    assert [args[4:] for args, _ in updates] == [[0.1, 4, 0.6, 0.3, used, 0.7, False]] * 4
+    expected = [0.1, 4, 0.6, "token", 0.3, used, 0.7, False, 0.0]
+    assert [args[4:] for args, _ in updates] == [expected] * 4
 
 
 def test_approx_kl_is_k2():
@@ -1883,8 +1895,8 @@ def test_metrics_masked_do_not_see_ten_more_columns():
     agent = new_agent()
     batch = random_batch(agent, random_tokens([9, 3, 5], [1, 8, 4]))
     gradients, stats = gradient(agent, batch)
-    wider = [pad(batch[0], (0, 10), value=PAD), *(pad(x, (0, 10), value=3.0) for x in batch[1:5])]
-    gradients_too, stats_too = gradient(agent, [*wider, pad(batch[5], (0, 10))])
+    wider = [pad(batch[0], (0, 10), value=PAD), *(pad(x, (0, 10), value=3.0) for x in batch[1:6])]
+    gradients_too, stats_too = gradient(agent, [*wider, pad(batch[6], (0, 10))])
     assert {k: v.item() for k, v in stats.items()} == pytest.approx(
         {k: v.item() for k, v in stats_too.items()}, rel=1e-5, abs=1e-7
     )
@@ -2150,7 +2162,7 @@ def test_micro_batches_are_parts_of_the_minibatch_by_length(monkeypatch):
         assert torch.equal(tokens, batch[0][rows_of_part, : P + length])
         for part, whole in zip(others, batch[1:], strict=True):
             assert torch.equal(part, whole[rows_of_part, :length])
-    assert [args[2] for args, _ in losses] == [3 + 1 + 2 + 4] * 2
+    assert [args[2] for args, _ in losses] == [(3 + 1 + 2 + 4, 0)] * 2
     alone, _ = gradient(agent, [x[rows] for x in batch])
     for name, grad in gradients.items():
         assert torch.allclose(grad, alone[name], atol=1e-6), name
