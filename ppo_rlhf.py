@@ -1417,7 +1417,6 @@ def train_ppo(args, task, agent, run):
         gold = gold_rewards(task, tokens, *run.numbers["gold_units"])
         response_kl = logratio.sum(1)  # [H46] in nats, a sum and no mean of tokens
         kl_mean = response_kl.mean().item()
-        (_, errors), (_, variance) = [masked_moments(x, mask) for x in (returns - values, returns)]
         means |= {
             "objective/kl": kl_mean,
             "objective/sqrt_kl": max(kl_mean, 0.0) ** 0.5,
@@ -1429,8 +1428,6 @@ def train_ppo(args, task, agent, run):
             "objective/rlhf_reward": rewards.sum(1).mean().item(),
             "objective/missing_eos": 1 - has_eos.float().mean().item(),
             "ppo/val/num_eos_tokens": has_eos.sum().item(),
-            "ppo/val/vpred": masked_moments(values, mask)[0].item(),
-            "ppo/val/var_explained": 1 - (errors / variance).item() if variance > 0 else np.nan,
             "ppo/lr": optimizer.param_groups[0]["lr"],
             "ppo/episode": global_step,
             "response/length": mask.sum(1).float().mean().item(),
@@ -1439,7 +1436,13 @@ def train_ppo(args, task, agent, run):
             **{f"gold/{name}": float(value.mean()) for name, value in gold.items()},
             **dict(zip(("time/gen", "time/score", "time/train"), np.diff(times), strict=True)),
         }
-        means |= {"objective/dead_groups": dead.item()} if G > 1 else {}
+        if value_model:
+            errors, variance = [masked_moments(x, mask)[1] for x in (returns - values, returns)]
+            explained = 1 - (errors / variance).item() if variance > 0 else np.nan
+            means |= {"ppo/val/vpred": masked_moments(values, mask)[0].item()}
+            means |= {"ppo/val/var_explained": explained}
+        else:
+            means |= {"objective/dead_groups": dead.item()}
         run.log_iteration(iteration, global_step, means)
         worth = {"score": scores, "kl": response_kl} | ({"gold": gold["score"]} if gold else {})
         run.log_samples(iteration, global_step, task, rows, tokens, **worth)

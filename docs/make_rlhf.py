@@ -42,7 +42,7 @@ COLUMNS = {  # of the evaluation, and how many digits
 }
 
 
-def keep(folder):
+def keep(folder, results=RESULTS, left_out=STEPS):
     """Copy the run in `folder` to docs/results/rlhf/; call it on the machine that ran it."""
     config = json.loads((folder / "config.json").read_text())
     if not re.fullmatch("[0-9a-f]{40}", config["git_commit"] or ""):
@@ -53,28 +53,33 @@ def keep(folder):
     config["command"] = re.sub(r"\S*/(?=\S)", "", config["command"])  # no folders
     config["load"] = config["load"] and Path(config["load"]).parent.name
     with open(folder / "metrics.csv") as file:
-        rows = [row for row in csv.DictReader(file) if not STEPS.match(row["name"])]
+        rows = [row for row in csv.DictReader(file) if not left_out.match(row["name"])]
     text = io.StringIO()
     writer = csv.DictWriter(text, ["global_step", "time", "name", "value"], lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / f"{folder.name}.json").write_text(json.dumps(config, indent=2) + "\n")
+    results.mkdir(exist_ok=True)
+    (results / f"{folder.name}.json").write_text(json.dumps(config, indent=2) + "\n")
     data = gzip.compress(text.getvalue().encode(), mtime=0)
-    (RESULTS / f"{folder.name}.csv.gz").write_bytes(data)
+    (results / f"{folder.name}.csv.gz").write_bytes(data)
 
 
-def load():
-    """Every kept run: (config, {metric: values}), by task, coefficient and seed."""
+def read(results):
+    """Every run kept there: (config, {metric: values})."""
     runs = []
-    for path in RESULTS.glob("*.json"):
+    for path in sorted(results.glob("*__*.json")):
         metrics = {}
         with gzip.open(path.with_suffix(".csv.gz"), "rt") as file:
             for row in csv.DictReader(file):
                 metrics.setdefault(row["name"], []).append(float(row["value"]))
         metrics = {name: np.array(values) for name, values in metrics.items()}
         runs.append((json.loads(path.read_text()) | {"run_name": path.stem}, metrics))
-    order = {"reviews": 0, "sort": 1}
+    return runs
+
+
+def load():
+    """Those of docs/results/rlhf/, by task, coefficient and seed."""
+    runs, order = read(RESULTS), {"reviews": 0, "sort": 1}
     return sorted(runs, key=lambda run: (order[run[0]["task"]], -run[0]["kl_coef"], run[0]["seed"]))
 
 

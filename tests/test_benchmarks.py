@@ -5,6 +5,7 @@ import importlib
 import json
 import os
 import runpy
+import shlex
 import shutil
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from types import SimpleNamespace
 
 import cleanrl_shim
 import environments
+import failures
 import gpu
 import numpy as np
 import phases
@@ -321,6 +323,7 @@ PROGRAMS = {
     "speed": lambda out: speed.main(speed.Args(out=out)),
     "variants": lambda out: variants.main(variants.Args(out=out)),
     "environments": lambda out: environments.main(environments.Args(out=out)),
+    "failures": lambda out: failures.main(failures.Args(out=out)),
     "rlhf_speed": lambda out: rlhf_speed.main(rlhf_speed.Args(out=out)),
     "sampling": lambda out: sampling.main(sampling.Args(model=Path("none"), out=out)),
     "gpu": lambda out: gpu.main(gpu.Args(out=out)),
@@ -391,6 +394,60 @@ def test_phases_of_the_scripts_before_one_that_fails_are_kept(monkeypatch):
         phases.main(["--out", "."])
     (row,) = left("phases.csv")
     assert (row["script"], row["milliseconds"]) == ("ppo_discrete.py", "2.50")
+
+
+@pytest.mark.parametrize("name", failures.CASES)
+def test_failures_are_provoked_by_flags_that_exist_or_one_line(name):
+    case = failures.CASES[name]
+    if case.line:
+        assert (failures.ROOT / "ppo_rlhf.py").read_text().count(case.line[0]) == 1
+    ppo_rlhf.check_args(ppo_rlhf.parse_args(shlex.split(case.flags)))
+    assert case.line or case.flags
+
+
+def test_failures(monkeypatch):
+    """Each case beside the unchanged run, at the same number of episodes."""
+    names = ["unchanged", *failures.CASES]
+
+    def run(case, checkpoint, args, folder):
+        name = names.pop(0)
+        assert folder.name == (
+            "unchanged" if case is None else str(list(failures.CASES).index(name))
+        )
+        assert checkpoint == (None if case is None else Path("found"))
+        metric = "gold/score" if case is None else case.metric
+        found = {"objective/scores": {128: 1.5, 256: 2.5}, metric: {128: 3.5, 256: len(names)}}
+        return found, Path("found")
+
+    monkeypatch.setattr(failures, "run", run)
+    failures.main(failures.Args(out=Path()))
+    assert names == []
+    rows = left("failures.csv")
+    assert [row["case"] for row in rows] == [x for x in failures.CASES for _ in range(2)]
+    assert [row["value"] for row in rows[:4]] == ["3.5", "6", "3.5", "5"]
+    assert [row["unchanged"] for row in rows[:4]] == ["3.5", "7", "", ""]
+    assert {row["score"] for row in rows} == {"1.5", "2.5"}
+    facts = json.loads(Path("failures.json").read_text())
+    assert facts["cases"].keys() == failures.CASES.keys()
+    assert str(failures.ROOT) not in json.dumps(facts)
+
+
+def test_a_failure_runs_the_script_with_its_line_replaced(monkeypatch):
+    """One iteration on what the unchanged run has learned, sampled at half the temperature."""
+    small = "--sft-texts 64 --rm-pairs 32 --rm-test-pairs 32 --d-model 16 --num-layers 1"
+    case, args = failures.CASES["negative KL"], failures.Args(episodes=128)
+    first = failures.Case("objective/kl", f"{small} --eval-episodes 32")
+    _, folder = failures.run(first, None, args, Path("first").absolute())
+    metrics, _ = failures.run(case, folder, args, Path("second").absolute())
+    assert metrics["rollout/logp_mismatch"][128] > 0.1
+    assert "/ 0.5" in (Path("second") / "ppo_rlhf.py").read_text()
+    with pytest.raises(SystemExit, match="0 times 'no such line' in the script"):
+        failures.run(failures.Case("x", "", ("no such line", "")), None, args, Path("third"))
+
+
+def test_words_are_counted():
+    count = runpy.run_path(str(failures.WORDS))["count"]
+    assert count(["", "one", "the film was good ."]) == [0, 1, 5]
 
 
 # ------------------------------------------------------------------------------------------------

@@ -330,6 +330,24 @@ def test_frozen_adapters_say_what_sft_learned(kind, adapted, files):
         assert (ours - before).abs().max() > 1e-2
 
 
+def test_x7_groups_learn_with_an_adapter_alone(files, tmp_path):
+    """One adapter learns and is saved; what is left, the reference, is the model itself."""
+    text = "def letters(completions): return [float(len({*x[0]['content']})) for x in completions]"
+    (tmp_path / "letters.py").write_text(text)
+    argv = [*flags(files, "llama", "prompts"), f"--reward-fn={tmp_path / 'letters.py'}:letters"]
+    argv += ["--stages=ppo", "--group-size=4", "--kl-in=loss", "--loss-mean=response", "--stop=e"]
+    with contextlib.chdir(tmp_path):
+        run = watch(*argv, *LORA)
+    for update in run.updates:
+        assert all(name.startswith("policy.") and "lora_" in name for name in update.grads)
+        assert update.grads and "val/grad_norm" not in update.stats
+    assert run.updates[0].stats["val/ratio"] == pytest.approx(1, abs=1e-5)
+    assert max(float(x.abs().max()) for x in run.updates[0].grads.values()) > 0
+    data, sizes = run.saved[-1]
+    assert {"policy", "reference"} <= data.keys() and not {"value_model"} & data.keys()
+    assert sizes.keys() <= {"checkpoint", "reference"}
+
+
 @pytest.mark.parametrize("value_init", ["sft", "rm"])
 def test_value_model_starts_with_an_adapter(value_init, adapted, files):
     """--value-init sft: that of the SFT policy, and a head of 0."""

@@ -329,6 +329,16 @@ def test_x2_ranks_are_as_one_process(runs, ranks, how):
     assert len(ends) > 3  # and texts of many lengths
 
 
+@pytest.mark.parametrize("how", [[], pytest.param(["--fsdp"], marks=pytest.mark.slow)])
+def test_x2_ranks_divide_groups(runs, how):
+    """[X7] 36 responses in groups of 6, those of a group on both ranks; there is no value model."""
+    groups = ["--group-size", "6", "--loss-mean", "response", "--kl-in", "loss"]
+    one, two = runs(0, *SORT, *groups), runs(2, *SORT, *groups, *how)
+    assert same(one, two)
+    assert {*saved(two.folder)["models"]} == {"policy", "reference"}
+    assert 0 <= max(x for (_, name), x in table(one).items() if name == "objective/dead_groups") < 1
+
+
 def test_x2_settings_of_the_first_test_leave_ranks_without_rows():
     """A batch of one row is that of the first rank; the last one takes part for nothing."""
     rows = torch.arange(1)

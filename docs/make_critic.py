@@ -1,0 +1,178 @@
+"""Keeps the runs of GRPO beside PPO; writes their part of docs/rlhf.md, and that of failures.
+
+    python docs/make_critic.py runs/*    # add finished runs to docs/results/critic/, then figures
+    python docs/make_critic.py           # only the figures
+
+Kept as the runs of make_rlhf.py are, with their seconds; of language models also samples.jsonl.
+"""
+
+import csv
+import json
+import re
+import shutil
+import sys
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+from make_rlhf import PAGE, read, smooth, table
+from make_rlhf import keep as keep_run
+
+RESULTS = Path(__file__).parent / "results" / "critic"
+FAILURES = Path(__file__).parent / "results" / "rlhf" / "failures.csv"
+STEPS = re.compile(r"(sft|rm)/(loss|grad_norm|lr|train_accuracy)$")
+T95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}  # Student's t, two-sided 95 %, of n values
+TASKS = {  # what a run is about: how it is called, what is measured, in words
+    "sort": ("`--task sort`", "gold/exact", "exactly right"),
+    "reviews": ("the default task", "gold/score", "gold"),
+    "films": ("SmolLM2, kind words about films", "objective/scores", "score"),
+    "sums": ("SmolLM2, sums", "objective/scores", "right"),
+}
+SHOWN = ("objective/scores", "objective/kl", "response/length")
+METHODS = {"PPO": "C0", "GRPO": "C1", "GRPO of the paper": "C2", "PPO without KL": "C3"}
+
+
+def task_of(config):
+    return Path(config["prompts"]).stem if config["prompts"] else config["task"]
+
+
+def method_of(config):
+    if config["group_size"] > 1:
+        return "GRPO of the paper" if config["kl_in"] == "loss" else "GRPO"
+    free = config["kl_coef"] == 0 and task_of(config) == "films"
+    return "PPO without KL" if free else "PPO"
+
+
+def keep(folder):
+    keep_run(folder, RESULTS, STEPS)
+    if json.loads((folder / "config.json").read_text())["model"]:
+        shutil.copy(folder / "samples.jsonl", RESULTS / f"{folder.name}.jsonl")
+
+
+def load():
+    """{(task, method): [(config, metrics), ...]} in the order of TASKS, METHODS and seeds."""
+    runs = sorted(read(RESULTS), key=lambda run: run[0]["seed"])
+    groups = {(task, method): [] for task in TASKS for method in METHODS}
+    for run in runs:
+        groups[task_of(run[0]), method_of(run[0])].append(run)
+    return {key: group for key, group in groups.items() if group}
+
+
+def interval(values, digits=3):
+    """Mean and, of two values or more, its 95 % interval by Student's t."""
+    mean, n = np.mean(values), len(values)
+    if n == 1:
+        return f"{mean:.{digits}f}"
+    half = T95[n] * np.std(values, ddof=1) / n**0.5
+    return f"{mean:.{digits}f} ± {half:.{digits}f}"
+
+
+def last(metrics, name, count=5):
+    """Mean of a metric over the last iterations."""
+    return metrics[name][-count:].mean()
+
+
+def seconds(metrics):
+    return sum(metrics[f"time/{name}"].sum() for name in ("gen", "score", "train"))
+
+
+def tokens(config, metrics):
+    return config["batch_size"] * metrics["response/length"].sum()
+
+
+def those(group):
+    return ", ".join(str(config["seed"]) for config, _ in group)
+
+
+def critic(groups):
+    """Tables and pictures of all runs, by task."""
+    lines = []
+    for task, (title, name, words) in TASKS.items():
+        runs = {method: group for (of, method), group in groups.items() if of == task}
+        if not runs:
+            continue
+        lines += [f"### {title[0].upper()}{title[1:]}", ""]
+        head = ("", "seeds", words, "proxy", "KL", "length", "episodes", "tokens", "seconds")
+        body = []
+        for method, group in runs.items():
+            ends = [[last(metrics, x) for _, metrics in group] for x in (name, *SHOWN)]
+            cells = [interval(ends[0]), *(interval(values, 2) for values in ends[1:])]
+            cells += [f"{group[0][1]['ppo/episode'][-1]:,.0f}"]
+            cells += [f"{np.median([tokens(*run) for run in group]):,.0f}"]
+            cells += [f"{np.median([seconds(metrics) for _, metrics in group]):,.0f}"]
+            body.append((method, len(group), *cells))
+        lines += [*table(head, *body), ""]
+        for method, group in runs.items():
+            config = group[0][0]
+            command = re.sub(r" --seed \d+| --load \S+", "", config["command"])
+            commits = ", ".join(sorted({config["git_commit"][:12] for config, _ in group}))
+            lines += [f"{method}: `python {command}`, seeds {those(group)}; commit {commits}."]
+        lines += ["", f"![{title}](results/critic/{task}.png)", ""]
+    machines = "; ".join(sorted({x["machine"] for group in groups.values() for x, _ in group}))
+    return [*lines, f"Machine: {machines}; other work ran on the same cores.", ""]
+
+
+def failures(groups):
+    """A table of what benchmarks/failures.py has seen."""
+    with open(FAILURES) as file:
+        rows = list(csv.DictReader(file))
+    facts = json.loads(FAILURES.with_suffix(".json").read_text())
+    body = [("what was provoked", "by", "metric", "first", "last", "last, unchanged")]
+    for name, case in facts["cases"].items():
+        group = [row for row in rows if row["case"] == name]
+        means = [np.mean([float(x["value"]) for x in part]) for part in (group[:5], group[-5:])]
+        other = [float(row["unchanged"]) for row in group[-5:] if row["unchanged"]]
+        how = f"`{case['flags']}`" if case["flags"] else f"`{case['line'][1]}`"
+        cells = [f"{x:.2f}" for x in means] + [f"{np.mean(other):.2f}" if other else ""]
+        body.append((name, how, f"`{group[0]['metric']}`", *cells))
+    origin = (
+        f"`{facts['command']}`, {facts['date']}, {facts['cpu']}; commit {facts['commit'][:12]}."
+    )
+    return [*table(*body), "", "First and last: means of five iterations.", origin, ""]
+
+
+def page(groups):
+    """docs/rlhf.md with the figures of these runs"""
+    text = PAGE.read_text()
+    for function in (critic, failures):
+        first, end = f"<!-- {function.__name__}, by make_critic.py -->\n", "<!-- end -->"
+        before, rest = text.split(first)
+        text = "\n".join([before + first, *function(groups), end + rest.partition(end)[2]])
+    return text
+
+
+def plot(groups, task, path):
+    """Means over the seeds, with the band between the lowest and the highest."""
+    _, name, words = TASKS[task]
+    panels = {name: words, "objective/kl": "KL, nats"}
+    if any("objective/dead_groups" in metrics for _, metrics in groups.get((task, "GRPO"), [])):
+        panels["objective/dead_groups"] = "groups of equal scores"
+    figure, axes = plt.subplots(
+        1, len(panels), figsize=(4 * len(panels), 3.2), layout="constrained"
+    )
+    for axis, (metric, label) in zip(axes, panels.items(), strict=True):
+        for method, color in METHODS.items():
+            group = [metrics for _, metrics in groups.get((task, method), []) if metric in metrics]
+            if group:
+                curves = np.array([smooth(metrics[metric]) for metrics in group])
+                episodes = smooth(group[0]["ppo/episode"])
+                axis.plot(episodes, curves.mean(0), color, lw=1.2, label=method)
+                axis.fill_between(episodes, curves.min(0), curves.max(0), color=color, alpha=0.2)
+        axis.set(xlabel="episodes", ylabel=label)
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[0].legend(frameon=False)
+    figure.savefig(path, dpi=100, metadata={"Software": None})
+    plt.close(figure)
+
+
+if __name__ == "__main__":
+    for argument in sys.argv[1:]:
+        keep(Path(argument))
+    kept = load()
+    PAGE.write_text(page(kept))
+    for task in {task for task, _ in kept}:
+        plot(kept, task, RESULTS / f"{task}.png")
