@@ -973,8 +973,7 @@ def group_advantages(outcomes, scores, group_size, norm_adv):
         A_i = (R_i - mean(R)) / (std(R) + 1e-8)    over a group, [GRPO] 4.1.2; [DR] does not divide
 
     outcomes R [B], the sums of the rewards, and scores [B]: what is in R but for the KL. A group
-    of equal scores, in which nothing is better than anything else, gets 0.
-    -> advantages [B], the share of such groups []
+    of equal scores gets 0. -> advantages [B], the share of such groups []
     """
     outcomes, scores = outcomes.view(-1, group_size), scores.view(-1, group_size)
     advantages = outcomes - outcomes.mean(1, keepdim=True)
@@ -993,8 +992,7 @@ def ppo_loss(agent, minibatch, sizes, clip_coef, clip_coef_high, vf_coef, clip_v
     [M, P + R] and, each [M, R], log pi_old(a|s), V_old(s), A, R, log pi_ref(a|s) and the mask of
     what counts. The mean is over num_tokens; that of the policy's terms, if sizes has
     num_responses, over these, of the means of their tokens, [GRPO] equation 3. This may be a part
-    only: then the losses, and all statistics, of the parts add up.
-    -> loss [], dict of statistics []
+    only: then the losses, and all statistics, of the parts add up. -> loss [], statistics []
     """
 
     def mean(x):
@@ -2040,8 +2038,7 @@ class Memory(TorchDispatchMode):
 
 def plan(args: Args):
     """What memory PPO takes: its own code is run on tensors without data, nothing is downloaded."""
-    m = min(args.micro_batch_size, args.batch_size)
-    R, cpu = args.response_length, torch.device("cpu")
+    R, m = args.response_length, min(args.micro_batch_size, args.batch_size)
     task, P = TASKS[args.task], args.prompt_length
     if args.model:
         words = pretrained("AutoConfig", args.model).get_text_config().vocab_size
@@ -2064,7 +2061,7 @@ def plan(args: Args):
                 fake[x] = nn.Parameter(torch.empty(x.shape, dtype=x.dtype), x.requires_grad)
             names.update({name: fake[x] for name, x in names.items()})
         for model in agent.children():
-            frugal(model, dataclasses.replace(args, fsdp=False), cpu)
+            frugal(model, dataclasses.replace(args, fsdp=False), torch.device("cpu"))
             trunk = model.decoder() if isinstance(model, Policy) else model.model
             if args.model:
                 trunk.register_forward_pre_hook(whole_mask, with_kwargs=True)
