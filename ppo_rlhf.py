@@ -1379,9 +1379,9 @@ def train_ppo(args, task, agent, run):
         times.append(time.time())
 
         # advantages and value targets
-        if G > 1:  # [X7]
+        if G > 1:
             outcomes, final_scores = rewards.sum(1), final_scores.where(has_eos, penalty)
-            advantages, dead = group_advantages(outcomes, final_scores, G, args.norm_adv)
+            advantages, dead = group_advantages(outcomes, final_scores, G, args.norm_adv)  # [X7]
             advantages, returns = advantages[:, None] * mask, values
         else:
             advantages = response_advantages(rewards, values, mask, args.gamma, args.gae_lambda)

@@ -266,9 +266,18 @@ def test_x7_groups_that_say_nothing_are_counted(monkeypatch, capsys):
     assert "most groups have equal scores" in capsys.readouterr().err
 
 
-def test_x7_without_groups_nothing_is_said_of_them():
-    rlhf.train(settings(rm_coef=0.0))
+def test_x7_one_response_to_a_prompt_is_no_group(monkeypatch):
+    """PPO as it is: values, GAE, whitening; nothing is said of groups."""
+    names = ("group_advantages", "response_advantages", "whiten")
+    calls = [spy(monkeypatch, rlhf, name) for name in names]
+    agent = rlhf.train(settings(rm_coef=0.0, group_size=1))
+    assert [len(x) for x in calls] == [0, 3, 3]
+    for (args, raw), ((given, _), _) in zip(*calls[1:], strict=True):
+        assert torch.equal(raw, given)
+    assert (args[1] != 0).any()  # the values of the last rollout
+    assert agent.value_model is not None
     assert logged("objective/dead_groups") == []
+    assert len(logged("ppo/val/vpred")) == 3
 
 
 def test_x7_penalty_of_an_open_end_counts_in_a_group(monkeypatch):
