@@ -10,6 +10,7 @@ Writes failures.csv, a row for each iteration of a case: its metric, the score a
 unchanged run has there; and failures.json with the commands, into docs/results/rlhf/.
 """
 
+import csv
 import dataclasses
 import datetime
 import json
@@ -22,8 +23,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 import tyro
-from speed import ROOT, commit_of, machine, read_metrics, results_folder, save
+from speed import ROOT, commit_of, machine, read_metrics, results_folder
 
+COLUMNS = ("case", "metric", "episodes", "value", "score", "unchanged")
 WORDS = ROOT / "benchmarks" / "words.py"
 
 
@@ -78,25 +80,27 @@ def run(case: Case | None, checkpoint: Path | None, args: Args, folder: Path) ->
 
 
 def main(args: Args):
-    results_folder(args.out)
-    rows, commit = [], commit_of(ROOT)
-    with tempfile.TemporaryDirectory() as path:
-        folder = Path(path)
+    path, commit = results_folder(args.out) / "failures.csv", commit_of(ROOT)
+    with tempfile.TemporaryDirectory() as name, open(path, "w") as file:
+        folder, writer = Path(name), csv.DictWriter(file, COLUMNS, lineterminator="\n")
+        writer.writeheader()
         unchanged, found = run(None, None, args, folder / "unchanged")
-        for number, (name, case) in enumerate(CASES.items()):
+        for number, (title, case) in enumerate(CASES.items()):
             metrics, _ = run(case, found, args, folder / str(number))
             for step, value in metrics[case.metric].items():
-                row = {"case": name, "metric": case.metric, "episodes": step, "value": value}
+                row = {"case": title, "metric": case.metric, "episodes": step, "value": value}
                 row |= {"score": metrics["objective/scores"][step]}
                 row |= {"unchanged": unchanged.get(case.metric, {}).get(step, "")}
-                save(args.out / "failures.csv", rows, row)
+                writer.writerow(row)
+            file.flush()
+            print(title, case.metric, value, flush=True)
     facts = {"command": "python benchmarks/failures.py", "commit": commit}
     facts |= {"date": datetime.date.today().isoformat(), **machine()}
     facts["cases"] = {
         name: {"flags": case.flags.replace(f"{ROOT}/", ""), "line": case.line}
         for name, case in CASES.items()
     }
-    (args.out / "failures.json").write_text(json.dumps(facts, indent=2) + "\n")
+    path.with_suffix(".json").write_text(json.dumps(facts, indent=2) + "\n")
 
 
 if __name__ == "__main__":
