@@ -27,7 +27,8 @@ RANGES = {  # words -> inside, outside
     "a name, no path": (["a", "ppo-2.0", "a b"], ["", "a/b", "../a", "/a", "a\\b"]),
 }
 COUNTS = "total_timesteps num_envs num_steps update_epochs num_minibatches torch_threads "
-COUNTS += "checkpoint_every eval_episodes total_episodes batch_size micro_batch_size sft_epochs"
+COUNTS += "checkpoint_every eval_episodes total_episodes batch_size micro_batch_size sft_epochs "
+COUNTS += "group_size"
 EXPECTED = {
     **dict.fromkeys(COUNTS.split(), "at least 1"),
     **dict.fromkeys(("gamma", "gae_lambda"), "from 0 to 1"),
