@@ -160,7 +160,7 @@ class Args:
     gae_lambda: Fraction = 0.95  # trades bias against variance of the advantages [H50]
     kl_coef: Weight = 0.1  # beta, weight of the KL to the SFT policy [H44]
     kl_in: Literal["reward", "loss"] = "reward"  # where it stands; loss: GRPO's, by k3
-    kl_estimator: Literal["k1", "k2", "k3"] = "k1"  # joschu.net/blog/kl-approx.html
+    kl_estimator: Literal["k1", "k2", "k3"] = "k1"  # of a reward; joschu.net/blog/kl-approx.html
     kl_target: Positive | None = None  # adapt beta to keep the KL here, in nats a response [H46]
     kl_horizon: Count = 10_000  # episodes that adaption takes
     missing_eos_penalty: Number = -1.0  # score of a response without EOS, whatever it says [H43]
@@ -191,7 +191,6 @@ class Args:
 # defaults of --task sort: a weak SFT policy, and a reward that cannot be cheated
 SORT = dict(task="sort", response_length=8, sft_texts=44_800, sft_epochs=1, rm_coef=0.0)
 SORT |= dict(total_episodes=19_200, kl_coef=0.0, learning_rate=1e-3)
-
 
 # defaults of --model: all texts of the files, and steps that suit weights which know a language
 REAL = dict(sft_texts=10**9, sft_epochs=1, sft_batch_size=8, sft_learning_rate=2e-5)
@@ -332,8 +331,6 @@ TASKS = {
     "reviews": Task([*KIND, *OTHER_WORDS], 12, review_prompt, review_response, review_gold),
     "sort": Task(SORT_WORDS, 9, sort_prompt, sort_response, sort_gold),
 }
-
-
 BOTH = "--prompt-length and --response-length together"
 KEYS = {"sft": ("completion",), "pref": ("chosen", "rejected"), "prompts": (), "eval": ()}
 
@@ -734,10 +731,8 @@ class Agent(nn.Module):
 
     def forward(self, tokens):
         """tokens [M, P + R] -> distribution of response tokens [M, R], values before them [M, R]"""
-        values = torch.zeros_like(tokens[:, self.prompt_length :], dtype=torch.float32)
-        if self.value_model:
-            values = self.value_model(tokens[:, :-1])[:, self.prompt_length - 1 :]  # [H14]
-        return self.policy.responses(tokens), values
+        values = self.value_model(tokens[:, :-1]) if self.value_model else 0.0 * tokens[:, 1:]
+        return self.policy.responses(tokens), values[:, self.prompt_length - 1 :]  # [H14]
 
 
 def twin(module):
@@ -990,21 +985,16 @@ def ppo_loss(agent, minibatch, sizes, clip_coef, clip_coef_high, vf_coef, clip_v
 
     with r = pi(a|s) / pi_old(a|s); beta is 0 if the KL is in the rewards. minibatch: tokens
     [M, P + R] and, each [M, R], log pi_old(a|s), V_old(s), A, R, log pi_ref(a|s) and the mask of
-    what counts. The mean is over num_tokens; that of the policy's terms, if sizes has
-    num_responses, over these, of the means of their tokens, [GRPO] equation 3. This may be a part
-    only: then the losses, and all statistics, of the parts add up. -> loss [], statistics []
+    what counts. The mean is over sizes[0] tokens; that of the policy's terms, if sizes[1] is not 0,
+    over so many responses, of the means of their tokens, [GRPO] equation 3. This may be a part of
+    them only: then the losses, and all statistics, of the parts add up. -> loss [], statistics []
     """
 
-    def mean(x):
-        return (x * mask).sum() / num_tokens
-
-    def average(x):
-        by_response = x * mask / mask.sum(1, keepdim=True)  # [X7]
-        return by_response.sum() / num_responses if num_responses else mean(x)
-
-    num_tokens, num_responses = sizes
+    def mean(x, lengths=1, number=sizes[0]):
+        return (x * mask / lengths).sum() / number
 
     tokens, logprobs, values, advantages, returns, reference_logprobs, mask = minibatch
+    by_response = (mask.sum(1, keepdim=True), sizes[1]) if sizes[1] else ()  # [X7]
     actions = tokens[:, -mask.shape[1] :].clamp(min=0)
     policy, new_values = agent(tokens)
     new_logprobs = policy.log_prob(actions)
@@ -1013,7 +1003,8 @@ def ppo_loss(agent, minibatch, sizes, clip_coef, clip_coef_high, vf_coef, clip_v
     approx_kl = mean(0.5 * logratio**2)  # [H62] k2, not k3 as in the other scripts
 
     clipped_ratio = ratio.clamp(1 - clip_coef, 1 + clip_coef_high)
-    policy_loss = -average(torch.min(ratio * advantages, clipped_ratio * advantages))  # [C8] [H55]
+    surrogate = torch.min(ratio * advantages, clipped_ratio * advantages)  # [C8] [H55]
+    policy_loss = -mean(surrogate, *by_response)
 
     value_losses = unclipped_losses = (new_values - returns) ** 2
     if clip_vloss:  # [C9] [H54] the worse of the two, so that clipping cannot hide an error
@@ -1024,7 +1015,7 @@ def ppo_loss(agent, minibatch, sizes, clip_coef, clip_coef_high, vf_coef, clip_v
     loss = policy_loss + vf_coef * value_loss
     if kl_coef:  # [H61] [GRPO] equation 4
         logratio = (new_logprobs - reference_logprobs).masked_fill(~mask, 0.0)
-        loss = loss + kl_coef * average(kl_estimate(logratio, "k3"))
+        loss = loss + kl_coef * mean(kl_estimate(logratio, "k3"), *by_response)
 
     stats = {  # [C12] what to watch, over the tokens that count
         "loss/policy": policy_loss,
@@ -1050,9 +1041,7 @@ def micro_batches(rows, size):
         yield (some, 1.0) if len(some) else (rows[:1], 0.0)
 
 
-def ppo_gradient(
-    agent, batch, indices, ptx_tokens, ptx_coef, micro_size, max_grad_norm, loss_mean, *others
-):
+def ppo_gradient(agent, batch, indices, ptx, ptx_coef, micro_size, max_norm, loss_mean, *others):
     """Leave the clipped gradient of ppo_loss for the minibatch batch[indices] in the parameters.
 
     It is the same whatever the number of texts that go through the networks at once. Texts of like
@@ -1069,15 +1058,15 @@ def ppo_gradient(
         loss, part_stats = ppo_loss(agent, short, sizes, *others)
         (factor * loss).backward()
         stats = {name: stats.get(name, 0.0) + factor * x for name, x in part_stats.items()}
-    if ptx_tokens is not None:  # [H64]
+    if ptx is not None:  # [H64]
         P = agent.prompt_length
-        num_tokens = (ptx_tokens[:, P:] != PAD).sum()
-        for part, factor in micro_batches(ptx_tokens, micro_size):
+        num_tokens = (ptx[:, P:] != PAD).sum()
+        for part, factor in micro_batches(ptx, micro_size):
             (ptx_coef * factor * sft_loss(agent.policy, part, P, num_tokens)).backward()
     add_up(agent, stats)  # [X2]
     for name, network in (("policy", agent.policy), ("val", agent.value_model)):
         if network:
-            norm = nn.utils.clip_grad_norm_(network.parameters(), max_grad_norm)  # [H39]
+            norm = nn.utils.clip_grad_norm_(network.parameters(), max_norm)  # [H39]
             stats[f"{name}/grad_norm"] = norm
     return stats
 
@@ -1138,10 +1127,9 @@ def sample(args, task, policy, prompts, rng):
     uniforms = torch.as_tensor(rng.random((len(prompts), args.response_length)))
 
     def write(prompts, uniforms):
-        R = args.response_length
-        return generate(policy, prompts.to(device), R, task.ended, uniforms.to(device))
+        return generate(policy, prompts, args.response_length, task.ended, uniforms)
 
-    return spread(write, len(prompts), prompts, uniforms)
+    return spread(write, len(prompts), prompts.to(device), uniforms.to(device))
 
 
 def fit(args, stage, model, loss_function, rows, epochs, batch_size, learning_rate, run):
@@ -1165,8 +1153,7 @@ def fit(args, stage, model, loss_function, rows, epochs, batch_size, learning_ra
         add_up(model, stats)  # [X2]
         norm = nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm)
         optimizer.step()
-        stats = {name: x.item() for name, x in stats.items()}
-        stats |= {"grad_norm": norm.item(), "lr": lr}
+        stats = {name: x.item() for name, x in (stats | {"grad_norm": norm}).items()} | {"lr": lr}
         weights = nn.utils.get_total_norm(model.parameters())
         seen = epoch * rows + min((i + 1) * batch_size, rows)
         run.check_finite(seen, last_step_good=False, **stats, weights=weights.item())
@@ -1328,10 +1315,9 @@ def train_ppo(args, task, agent, run):
             nn.init.zeros_(value_model.head.weight)  # [H35]
     value_lr = args.learning_rate if args.value_learning_rate is None else args.value_learning_rate
     clip_coef_high = args.clip_coef if args.clip_coef_high is None else args.clip_coef_high
-    learning = [model for model in (policy, value_model) if model]
-    learning = [[x for x in model.parameters() if x.requires_grad] for model in learning]
-    groups = [{"params": weights} for weights in learning]  # [H38]
-    optimizer = torch.optim.AdamW(groups, eps=1e-5, fused=True)  # [H16]
+    models = filter(None, (policy, value_model))
+    learning = [[x for x in model.parameters() if x.requires_grad] for model in models]  # [H38]
+    optimizer = torch.optim.AdamW([{"params": x} for x in learning], eps=1e-5, fused=True)  # [H16]
 
     def said_of(tokens):
         logprobs = [response_logprobs(x, tokens, P) for x in (policy, reference)]  # [H65] again
@@ -1422,7 +1408,7 @@ def train_ppo(args, task, agent, run):
             "objective/entropy": -logprobs.sum(1).mean().item(),
             "objective/scores": scores.mean().item(),
             "objective/scores_std": scores.std(correction=0).item(),
-            "objective/non_score_reward": -in_reward * kl.sum(1).mean().item(),
+            "objective/non_score_reward": 0.0 - in_reward * kl.sum(1).mean().item(),
             "objective/rlhf_reward": rewards.sum(1).mean().item(),
             "objective/missing_eos": 1 - has_eos.float().mean().item(),
             "ppo/val/num_eos_tokens": has_eos.sum().item(),
@@ -1436,9 +1422,8 @@ def train_ppo(args, task, agent, run):
         }
         if value_model:
             errors, variance = [masked_moments(x, mask)[1] for x in (returns - values, returns)]
-            explained = 1 - (errors / variance).item() if variance > 0 else np.nan
-            means |= {"ppo/val/vpred": masked_moments(values, mask)[0].item()}
-            means |= {"ppo/val/var_explained": explained}
+            means["ppo/val/vpred"] = masked_moments(values, mask)[0].item()
+            means["ppo/val/var_explained"] = 1 - (errors / variance).item() if variance else np.nan
         else:
             means |= {"objective/dead_groups": dead.item()}
         run.log_iteration(iteration, global_step, means)
@@ -1447,20 +1432,18 @@ def train_ppo(args, task, agent, run):
         run.numbers["negative_kl"] = run.numbers["negative_kl"] + 1 if kl_mean < -1e-4 else 0
         if iteration == 1:
             run.numbers["first_entropy"] = means["ppo/policy/entropy"]
-        mismatch = means["rollout/logp_mismatch"]
-        run.warn(
-            {
-                "the first ratios are not 1": stats[0]["val/ratio_var"] > 1e-6,
-                "sampler and trainer log-probabilities differ": mismatch > 1e-3,
-                "the KL has been negative for 10 rollouts": run.numbers["negative_kl"] >= 10,
-                "all scores are equal, nothing can be learned": scores.min() == scores.max(),
-                "most groups have equal scores": means.get("objective/dead_groups", 0.0) > 0.5,
-                "most responses do not end": means["objective/missing_eos"] > 0.5,
-                "the entropy has collapsed": means["ppo/policy/entropy"]
-                < 0.05 * run.numbers["first_entropy"],
-                "most of the update is clipped": means["ppo/policy/clipfrac"] > 0.4,
-            }
-        )
+        least_entropy = 0.05 * run.numbers["first_entropy"]
+        conditions = {
+            "the first ratios are not 1": stats[0]["val/ratio_var"] > 1e-6,
+            "sampler and trainer log-probabilities differ": means["rollout/logp_mismatch"] > 1e-3,
+            "the KL has been negative for 10 rollouts": run.numbers["negative_kl"] >= 10,
+            "all scores are equal, nothing can be learned": scores.min() == scores.max(),
+            "most groups have equal scores": means.get("objective/dead_groups", 0.0) > 0.5,
+            "most responses do not end": means["objective/missing_eos"] > 0.5,
+            "the entropy has collapsed": means["ppo/policy/entropy"] < least_entropy,
+            "most of the update is clipped": means["ppo/policy/clipfrac"] > 0.4,
+        }
+        run.warn(conditions)
         if args.kl_target is not None:
             settings = (args.kl_target, args.kl_horizon, B)
             run.numbers["kl_coef"] = next_kl_coef(kl_coef, kl_mean, *settings)
@@ -1564,6 +1547,8 @@ def check_args(args: Args):
         fail(f"--batch-size {args.batch_size} is no multiple of --group-size {args.group_size}")
     if args.group_size > 1 and args.value_model:
         fail("--value-model: there is none with --group-size")
+    if args.group_size > 1 and args.whiten_rewards:
+        fail("--whiten-rewards: with --group-size there is one reward for a whole response")
     if args.total_episodes < args.batch_size:
         fail(f"--total-episodes {args.total_episodes} is less than one --batch-size")
     stages = [stage for stage in STAGES if stage in args.stages.split(",")]
@@ -1571,6 +1556,8 @@ def check_args(args: Args):
         fail(f"--stages {args.stages}: choose from {','.join(STAGES)}, in this order")
     path = args.resume or args.load
     data = load_checkpoint(path) if path else {"stage": 0, "numbers": {}}
+    if args.resume and (args.group_size > 1) != (data["args"].get("group_size", 1) > 1):
+        fail("--resume goes on with a value model or without, as the run began: --group-size")
     if args.load and stages[0] == "sft":
         fail("--load brings what sft learns; leave sft out of --stages, or --load")
     learned = {"sft": data["stage"] > 0 or args.model}
@@ -1579,7 +1566,7 @@ def check_args(args: Args):
     for stage, name in data_of.items():
         if args.model and stage in stages and not getattr(args, name):
             fail(f"--stages {stage} of a --model needs --{name.replace('_', '-')}")
-    others = ("ref_model", "reward_model", "value_model", "eval_prompts", "stop")
+    others = ("ref_model", "reward_model", "value_model", "eval_prompts", "stop", "lora_rank")
     for name in (*data_of.values(), *others):
         if getattr(args, name) and not args.model:
             fail(f"--{name.replace('_', '-')} needs a --model")
@@ -1598,8 +1585,6 @@ def check_args(args: Args):
             fail(f"{name} {getattr(args, name)} cannot be divided by the {ranks} ranks of torchrun")
     if args.fsdp and not (dist.is_initialized() or args.plan):
         fail("--fsdp needs torchrun: torchrun --nproc_per_node=2 ppo_rlhf.py --fsdp ...")
-    if args.lora_rank and not args.model:
-        fail("--lora-rank needs a --model")
     if args.merge and not args.lora_rank:
         fail("--merge needs a --lora-rank")
     if args.lora_rank:
@@ -1866,9 +1851,8 @@ class Run:
             self.frozen[name] = digest(self.folder / f"{name}.pt") if self.rank == 0 else ""
         data = {"args": dataclasses.asdict(self.args), "stage": self.stage, "step": self.step}
         data |= {"models": {name: models[name] for name in learn if name in models}}
-        data |= {"numbers": self.numbers, "frozen": self.frozen}
-        data |= {"bytes": [file.tell() for file in self.files if self.rank == 0]}
-        data |= {"seconds": time.time() - self.start_time}
+        data |= {"numbers": self.numbers, "seconds": time.time() - self.start_time}
+        data |= {"frozen": self.frozen, "bytes": [x.tell() for x in self.files if self.rank == 0]}
         data |= {"wandb_id": self.wandb.id} if self.wandb else {}
         data |= {"optimizer": whole(self.optimizer.state_dict())} if self.optimizer else {}
         self.checkpoint = self.write("checkpoint.pt", data)
@@ -2038,7 +2022,7 @@ class Memory(TorchDispatchMode):
 
 def plan(args: Args):
     """What memory PPO takes: its own code is run on tensors without data, nothing is downloaded."""
-    R, m = args.response_length, min(args.micro_batch_size, args.batch_size)
+    R, m = args.response_length, min(args.micro_batch_size, args.minibatch_size)
     task, P = TASKS[args.task], args.prompt_length
     if args.model:
         words = pretrained("AutoConfig", args.model).get_text_config().vocab_size

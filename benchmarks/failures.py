@@ -45,7 +45,7 @@ CASES = {
         "ppo/val/var_explained",
         "--value-init sft --critic-warmup 0 --value-learning-rate 3e-6",
     ),
-    "negative KL": Case("objective/kl", "", (SAMPLER.format(""), SAMPLER.format(" / 0.5"))),
+    "negative KL": Case("objective/kl", "", (SAMPLER.format(""), SAMPLER.format(" / 2.0"))),
     "dead groups": Case("objective/dead_groups", "--task sort --group-size 4"),
 }
 

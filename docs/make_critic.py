@@ -25,7 +25,7 @@ from make_rlhf import keep as keep_run
 RESULTS = Path(__file__).parent / "results" / "critic"
 FAILURES = Path(__file__).parent / "results" / "rlhf" / "failures.csv"
 STEPS = re.compile(r"(sft|rm)/(loss|grad_norm|lr|train_accuracy)$")
-T95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}  # Student's t, two-sided 95 %, of n values
+T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)  # Student's t, n = 2 to 10
 TASKS = {  # what a run is about: how it is called, what is measured, in words
     "sort": ("`--task sort`", "gold/exact", "exactly right"),
     "reviews": ("the default task", "gold/score", "gold"),
@@ -67,7 +67,7 @@ def interval(values, digits=3):
     mean, n = np.mean(values), len(values)
     if n == 1:
         return f"{mean:.{digits}f}"
-    half = T95[n] * np.std(values, ddof=1) / n**0.5
+    half = T95[n - 2] * np.std(values, ddof=1) / n**0.5
     return f"{mean:.{digits}f} ± {half:.{digits}f}"
 
 

@@ -433,14 +433,14 @@ def test_failures(monkeypatch):
 
 
 def test_a_failure_runs_the_script_with_its_line_replaced(monkeypatch):
-    """One iteration on what the unchanged run has learned, sampled at half the temperature."""
+    """One iteration on what the unchanged run has learned, sampled at twice the temperature."""
     small = "--sft-texts 64 --rm-pairs 32 --rm-test-pairs 32 --d-model 16 --num-layers 1"
     case, args = failures.CASES["negative KL"], failures.Args(episodes=128)
     first = failures.Case("objective/kl", f"{small} --eval-episodes 32")
     _, folder = failures.run(first, None, args, Path("first").absolute())
     metrics, _ = failures.run(case, folder, args, Path("second").absolute())
     assert metrics["rollout/logp_mismatch"][128] > 0.1
-    assert "/ 0.5" in (Path("second") / "ppo_rlhf.py").read_text()
+    assert "/ 2.0" in (Path("second") / "ppo_rlhf.py").read_text()
     with pytest.raises(SystemExit, match="0 times 'no such line' in the script"):
         failures.run(failures.Case("x", "", ("no such line", "")), None, args, Path("third"))
 

@@ -13,7 +13,7 @@ from conftest import ROOT
 
 GROUPS = make_critic.load()
 SMOLLM2 = ROOT / "benchmarks" / "smollm2"
-OWN = {"seed", "group_size", "critic_warmup", "value_learning_rate", "load", "track", "command"}
+OWN = {"seed", "group_size", "critic_warmup", "value_learning_rate", "track", "command"}
 OWN |= {"run_name", "git_commit", "script_sha256", "wandb_project_name"}
 
 
