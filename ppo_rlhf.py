@@ -1912,6 +1912,7 @@ def evaluate(args, task, agent, run):
     columns["PPO"] = (tokens, kl_of_texts.mean().item())
 
     table, shown, before = {}, [[x] for x in read_texts(task, prompts[:4])], None
+    step = args.num_iterations * args.batch_size
     for name, (tokens, kl) in columns.items():
         gold = gold_rewards(task, tokens, *run.numbers["gold_units"])
         proxy, responses = score(rows, tokens).cpu().numpy(), tokens[:, P:]
@@ -1925,6 +1926,9 @@ def evaluate(args, task, agent, run):
         for i, text in enumerate(read_texts(task, responses[:4]) if " " not in name else ()):
             worth = f"proxy {proxy[i]:+.2f}" + (f"  gold {wanted[i]:+.2f}" if gold else "")
             shown[i].append(f"  {name}  {worth}  {text}")
+            answer = {"global_step": step, "policy": name, "prompt": rows[i]["prompt"]}
+            answer |= {"response": text, "score": float(proxy[i])}
+            run.files[1].write(json.dumps(answer) + "\n")
     say(f"\n{f'{len(prompts)} prompts':18}", *(f"{name:>11}" for name in table))
     for row in table["SFT"]:
         say(f"{row:18}", *(f"{column[row]:11.3f}" for column in table.values()))
@@ -1933,7 +1937,7 @@ def evaluate(args, task, agent, run):
         say("\n" + "\n".join(lines))
     cells = [(name, row) for name in table for row in table[name]]
     results = {f"eval/{n.lower().replace(' ', '_')}/{r}": float(table[n][r]) for n, r in cells}
-    run.log(args.num_iterations * args.batch_size, results)
+    run.log(step, results)
 
 
 def merged_weights(model: nn.Module) -> dict:

@@ -1077,8 +1077,13 @@ def test_stop_on_the_command_line(answered):
 
 
 def test_samples(answered):
-    """16 texts of iterations 1 and 11, as they were rewarded."""
+    """16 texts of iterations 1 and 11, as they were rewarded; four of the evaluation, twice."""
     written, found = samples(answered.folder), metrics(answered.folder)
+    written, answers = written[:32], written[32:]
+    assert [row["policy"] for row in answers] == ["SFT"] * 4 + ["PPO"] * 4
+    assert {row["global_step"] for row in answers} == {240}
+    assert [row["prompt"] for row in answers[:4]] == [row["prompt"] for row in answers[4:]]
+    assert all(row["score"] % 100 == len(row["response"]) for row in answers)
     assert [row["global_step"] for row in written] == [20] * 16 + [220] * 16
     for i, call in ((0, answered.calls[0]), (16, answered.calls[10])):
         for j, row in enumerate(written[i : i + 16]):

@@ -1653,7 +1653,7 @@ def test_wandb_offline(offline, functions, monkeypatch, tmp_path):
     assert numbers(cells(row for row in logged if "samples.path" not in row)) == numbers(written)
     assert second.exits == [0]
     texts = (path.parent / "samples.jsonl").read_text().splitlines()
-    texts = [json.loads(text) for text in texts]
+    texts = [row for row in map(json.loads, texts) if "policy" not in row]
     for run, step in ((first, 8), (second, 88)):
         (row,) = [row for row in run.rows if "samples.path" in row]
         assert row["global_step"] == step
