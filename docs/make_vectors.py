@@ -7,7 +7,6 @@ vectors/first_iteration_*.json, are written by tests/test_reference.py.
 """
 
 import contextlib
-import dataclasses
 import functools
 import hashlib
 import io
@@ -108,9 +107,8 @@ def advantage_normalization():
     minibatch = zeros, zeros, zeros, zeros, advantages, zeros
     ppo_discrete.ppo_loss(agent, minibatch, 0.2, 0.0, None, 0.0, True, False)[0].backward()
     about = "Of a minibatch, to mean 0 and the population's standard deviation 1."
-    return vector(
-        "C7", about, {"advantages": advantages}, {"normalized_advantages": -8 * logprobs.grad}
-    )
+    outputs = {"normalized_advantages": -8 * logprobs.grad}
+    return vector("C7", about, {"advantages": advantages}, outputs)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -124,46 +122,48 @@ def given(new_logprobs, new_values):
     return lambda obs: (policy, new_values)
 
 
+def spaces_of(observations, actions):
+    """What an agent asks of its environments."""
+    return SimpleNamespace(single_observation_space=observations, single_action_space=actions)
+
+
 class Choices(gym.Env):
-    """Some action space, and observations of one number that is not looked at."""
+    """Observations of one number, which is not looked at."""
 
     observation_space = gym.spaces.Box(-1, 1, (1,))
 
-    def __init__(self, action_space):
-        self.action_space = action_space
+    def __init__(self, nvec):
+        self.action_space = gym.spaces.MultiDiscrete(nvec)
 
 
-def discrete_policy(logits, nvec, mask):
-    """ppo_discrete.Agent whose actor says `logits` [M, sum(nvec)], and the observations to give."""
-    env = Choices(gym.spaces.MultiDiscrete(nvec))
-    env = ppo_discrete.DiscreteActions(ppo_discrete.Watched(env, 0))
-    spaces = {"single_action_space": env.action_space}
-    agent = ppo_discrete.Agent(
-        SimpleNamespace(single_observation_space=env.observation_space, **spaces)
-    )
-    obs = [env.with_mask(np.zeros(1), {"action_mask": row}) for row in mask]
-    every = torch.zeros(len(logits), agent.actor[-1].out_features, dtype=torch.float64)
-    every = every.index_copy(1, torch.as_tensor(env.columns - 1), logits)
+def discrete_policy(logits, nvec, mask=None):
+    """ppo_discrete.Agent whose actor says `logits` [M, sum(nvec)], and what to show it."""
+    env = ppo_discrete.DiscreteActions(ppo_discrete.Watched(Choices(nvec), 0))
+    agent = ppo_discrete.Agent(spaces_of(env.observation_space, env.action_space))
+    columns = torch.as_tensor(env.columns - 1)  # of the choices that exist
+    every = torch.zeros(len(logits), math.prod(agent.choices), dtype=torch.float64)
+    every = every.index_copy(1, columns, logits)
     agent.actor.forward = lambda obs: every
+    masks = np.ones(logits.shape) if mask is None else mask
+    obs = [env.with_mask(np.zeros(1), {"action_mask": row}) for row in masks]
     return agent, torch.as_tensor(np.stack(obs))
 
 
 def gaussian_policy(mean, log_std):
     """The same of ppo_continuous.Agent."""
     space = gym.spaces.Box(-1, 1, mean.shape[1:])
-    agent = ppo_continuous.Agent(
-        SimpleNamespace(single_observation_space=space, single_action_space=space)
-    )
-    agent.log_std = nn.Parameter(log_std)
+    agent = ppo_continuous.Agent(spaces_of(space, space))
+    del agent.log_std  # the parameter
+    agent.log_std = log_std
     agent.actor.forward = lambda obs: mean
-    return agent, torch.zeros(len(mean), *space.shape)
+    return agent, torch.zeros(mean.shape)
 
 
 MOVED = np.array([-0.4, 0.0, 0.05, 0.3, -0.25, 0.0, 0.35, 0.1])  # log-ratios, half of them clipped
 
 
-def loss(script, about, detail, make_policy, actions, leaves, fixed):
-    """ppo_loss and its gradient by `leaves` and the new values."""
+def loss(script, make_policy, leaves, fixed, actions, detail, about):
+    """ppo_loss and its derivatives by `leaves`, of which the policy is made, and the new values."""
     M = len(actions)
     leaves = {name: torch.tensor(x, requires_grad=True) for name, x in leaves.items()}
     new_values = torch.tensor(wave(M, first=200), requires_grad=True)
@@ -182,41 +182,34 @@ def loss(script, about, detail, make_policy, actions, leaves, fixed):
     tensors = [obs, *map(torch.as_tensor, minibatch.values())]
     total, stats = script.ppo_loss(agent, tensors, kl_coef=None, **coefficients)
     total.backward()
-    if "log_std" in leaves:  # the agent's own parameter
-        leaves["log_std"] = agent.log_std
+    leaves["new_values"] = new_values
     gradients = {f"grad_{name}": x.grad for name, x in leaves.items()}
-    gradients["grad_new_values"] = new_values.grad
-    leaves = {name: x.detach() for name, x in leaves.items()} | {"new_values": new_values.detach()}
-    inputs = leaves | fixed | minibatch | coefficients
+    inputs = {name: x.detach() for name, x in leaves.items()} | fixed | minibatch | coefficients
     outputs = {"new_logprobs": new_logprobs} | stats | gradients
     about += " grad_x are the derivatives of the loss by x."
     return vector(f"C7 C8 C9 C10 C12 {detail}", about, inputs, outputs, 1e-5)
 
 
-def discrete_loss(about, detail, nvec, mask=None):
+def discrete_loss(nvec, mask, detail, about):
     """Actions are valid ones, taken in turn."""
     logits = wave(8, sum(nvec), first=100, scale=2.0)
-    valid = np.ones(logits.shape, int) if mask is None else mask
-    parts = np.split(valid, np.cumsum(nvec)[:-1], axis=1)
-    choices = [[np.flatnonzero(row) for row in part] for part in parts]
-    actions = np.array([[x[i % len(x)] for i, x in enumerate(rows)] for rows in choices]).T
-
-    def make_policy(logits, nvec, mask=valid):
-        return discrete_policy(logits, nvec, mask)
-
-    fixed = {"nvec": nvec} | ({} if mask is None else {"mask": mask})
-    return loss(ppo_discrete, about, detail, make_policy, actions, {"logits": logits}, fixed)
+    parts = np.split(np.ones(logits.shape) if mask is None else mask, np.cumsum(nvec)[:-1], axis=1)
+    valid = [[np.flatnonzero(row) for row in part] for part in parts]
+    actions = np.array([[x[i % len(x)] for i, x in enumerate(rows)] for rows in valid]).T
+    fixed = {"nvec": nvec} if mask is None else {"nvec": nvec, "mask": mask}
+    policy = ppo_discrete, discrete_policy, {"logits": logits}, fixed
+    return loss(*policy, actions, detail, about)
 
 
 def gaussian_loss():
     leaves = {"mean": wave(8, 3, first=100), "log_std": np.array([-0.5, 0.1, 0.3])}
     actions = leaves["mean"] + wave(8, 3, first=150)
     about = "A normal distribution for each of three components, log_std the same in all states."
-    return loss(ppo_continuous, about, "R1 R2 R3", gaussian_policy, actions, leaves, {})
+    policy = ppo_continuous, gaussian_policy, leaves, {}
+    return loss(*policy, actions, "R1 R2 R3", about)
 
 
 MASK = np.array([[1, 1, 0, 1, 1], [0, 1, 0, 0, 0], [1, 0, 1, 0, 0], [1, 1, 1, 1, 1]] * 2)
-NVEC = [3, 2, 4]
 
 
 def value_clipping():
@@ -224,31 +217,27 @@ def value_clipping():
     moved = np.array([-0.5, -0.375, -0.25, -0.125, 0.0, 0.125, 0.25, 0.375, 0.5])
     returns = np.repeat([-1.0, 0.125, 0.5, 0.875, 2.0], 9)
     new_values, values = 0.5 + np.tile(moved, 5), np.full(45, 0.5)
-    losses = []
-    for i in range(45):
-        new_value, old, target = (torch.tensor(x[i : i + 1]) for x in (new_values, values, returns))
-        zeros = torch.zeros_like(old)
-        minibatch = zeros, zeros, zeros, old, zeros, target
-        stats = ppo_discrete.ppo_loss(
-            given(zeros, new_value), minibatch, 0.25, 0.0, None, 1.0, False, True
-        )[1]
+    zeros, losses = torch.zeros(1, dtype=torch.float64), []
+    columns = (torch.tensor(x).split(1) for x in (new_values, values, returns))
+    for new_value, value, target in zip(*columns, strict=True):
+        minibatch = zeros, zeros, zeros, value, zeros, target
+        coefficients = 0.25, 0.0, None, 1.0, False, True
+        _, stats = ppo_discrete.ppo_loss(given(zeros, new_value), minibatch, *coefficients)
         losses.append(stats["value_loss"])
     inputs = {"new_values": new_values, "values": values, "returns": returns, "clip_coef": 0.25}
-    about = (
-        "The value loss of each sample, half the larger square; values 0.25 off are at the edge."
-    )
+    about = "Of each sample: half the larger square. Values that are 0.25 off are at the edge."
     return vector("C9", about, inputs, {"value_losses": torch.stack(losses)})
 
 
 def entropy():
-    logits, log_std = torch.tensor(wave(4, 5, first=100, scale=2.0)), torch.tensor([-0.5, 0.3])
-    ones, policies = np.ones((4, 5), int), {}
-    policies["categorical"] = discrete_policy(logits, [5], ones)
-    policies["multidiscrete"] = discrete_policy(logits, [3, 2], ones)
+    logits = torch.tensor(wave(4, 5, first=100, scale=2.0))
+    log_std = torch.tensor([-0.5, 0.3], dtype=torch.float64)
+    policies = {"categorical": discrete_policy(logits, [5])}
+    policies["multidiscrete"] = discrete_policy(logits, [3, 2])
     policies["masked"] = discrete_policy(logits, [5], MASK[:4])
-    policies["gaussian"] = gaussian_policy(logits[:, :2], log_std.double())
+    policies["gaussian"] = gaussian_policy(logits[:, :2], log_std)
     outputs = {name: agent(obs)[0].entropy().detach() for name, (agent, obs) in policies.items()}
-    inputs = {"logits": logits, "nvec": [3, 2], "mask": MASK[:4], "log_std": [-0.5, 0.3]}
+    inputs = {"logits": logits, "nvec": [3, 2], "mask": MASK[:4], "log_std": log_std}
     about = "Of logits as one choice out of five, as choices out of three and two (nvec), as one"
     about += " choice with a mask, and of a normal distribution with log_std."
     return vector("C10 M1 X4 R3", about, inputs, outputs)
@@ -315,32 +304,30 @@ def gradient_clipping(max_grad_norm):
 
 
 def record(script, prepare=lambda agent: None, **settings):
-    """Train. -> agent; for each update batch, indices, statistics, learning rate, clip_coef and
-    ent_coef; what Adam was made with
+    """Train. -> the agent, [(batch, indices, statistics, [learning rate, clip_coef, ent_coef])] of
+    the updates, and what Adam was made with
     """
-    updates, original, original_agent = [], script.ppo_gradient, script.Agent
+    updates, original, new_agent = [], script.ppo_gradient, script.Agent
 
     def ppo_gradient(agent, batch, indices, max_grad_norm, *coefficients):
         stats = original(agent, batch, indices, max_grad_norm, *coefficients)
-        lr, clip_coef, ent_coef = (
-            x.item() for x in (adam.call_args.kwargs["lr"], *coefficients[:2])
-        )
-        updates.append((batch, indices, stats, lr, clip_coef, ent_coef))
+        annealed = [x.item() for x in (adam.call_args.kwargs["lr"], *coefficients[:2])]
+        updates.append((batch, indices, stats, annealed))
         return stats
 
     def make_agent(envs):
-        agent = original_agent(envs)
+        agent = new_agent(envs)
         prepare(agent)
         return agent
 
-    plain = {"cuda": False, "compile": False, "torch_threads": 1, "vectorization": "sync"}
+    simple = {"cuda": False, "compile": False, "torch_threads": 1, "vectorization": "sync"}
     with contextlib.ExitStack() as stack:
         stack.enter_context(contextlib.chdir(stack.enter_context(tempfile.TemporaryDirectory())))
         stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
         stack.enter_context(patch.object(script, "ppo_gradient", ppo_gradient))
         stack.enter_context(patch.object(script, "Agent", make_agent))
         adam = stack.enter_context(patch.object(torch.optim, "Adam", wraps=torch.optim.Adam))
-        agent = script.train(script.Args(**plain | settings))
+        agent = script.train(script.Args(**simple | settings))
     return agent, updates, adam.call_args.kwargs
 
 
@@ -357,7 +344,7 @@ def annealing():
     args = ppo_discrete.Args()
     inputs = {"learning_rate": args.learning_rate, "clip_coef": args.clip_coef}
     inputs |= {"ent_coef": args.ent_coef, "num_iterations": 5, "iterations": [1, 3, 5]}
-    rows = [updates[i - 1][3:] for i in inputs["iterations"]]
+    rows = [updates[i - 1][3] for i in inputs["iterations"]]
     names = "learning_rates", "clip_coefs", "ent_coefs"
     about = "In the first, the middle and the last of five iterations; 0 is never reached."
     return vector("C4 X1 X6", about, inputs, dict(zip(names, zip(*rows, strict=True), strict=True)))
@@ -383,20 +370,17 @@ def adam():
 
 def orthogonal():
     """Of all weights of the classic scripts, as matrices [outputs, inputs]."""
-    vector_space, pictures = gym.spaces.Box(-1, 1, (6,)), gym.spaces.Box(0, 255, (84, 84, 4))
-    choice = gym.spaces.Discrete(4)
-    one_choice = gym.spaces.MultiDiscrete([2])
+    numbers, pictures = gym.spaces.Box(-1, 1, (6,)), gym.spaces.Box(0, 255, (84, 84, 4))
     agents = {
-        "discrete": (ppo_discrete, vector_space, one_choice),
-        "continuous": (ppo_continuous, vector_space, gym.spaces.Box(-1, 1, (3,))),
-        "atari": (ppo_atari, pictures, choice),
-        "atari_lstm": (ppo_atari_lstm, pictures, choice),
+        "discrete": (ppo_discrete, numbers, gym.spaces.MultiDiscrete([2])),
+        "continuous": (ppo_continuous, numbers, gym.spaces.Box(-1, 1, (3,))),
+        "atari": (ppo_atari, pictures, gym.spaces.Discrete(4)),
+        "atari_lstm": (ppo_atari_lstm, pictures, gym.spaces.Discrete(4)),
     }
     shapes, singular_values, biases = {}, {}, 0.0
     torch.manual_seed(0)  # for the last digits
-    for name, (script, observations, actions) in agents.items():
-        spaces = {"single_observation_space": observations, "single_action_space": actions}
-        for parameter, x in script.Agent(SimpleNamespace(**spaces)).named_parameters():
+    for name, (script, *spaces) in agents.items():
+        for parameter, x in script.Agent(spaces_of(*spaces)).named_parameters():
             if "weight" in parameter:
                 found = torch.linalg.svdvals(x.detach().flatten(1))
                 shapes[f"{name}.{parameter}"] = list(x.shape)
@@ -431,14 +415,14 @@ class Stream(gym.Env):
         return obs, float(reward), *map(bool, ends), {}
 
 
-def stream_data(num_steps, dim, dtype):
-    """obs [T + 1, 2, dim], final_obs [T, 2, dim], rewards, terminated, truncated [T, 2]
+def stream_data(dim, dtype):
+    """T = 8: obs [T + 1, 2, dim], final_obs [T, 2, dim], rewards, terminated, truncated [T, 2]
 
     Environment 0 ends twice, environment 1 is cut off once.
     """
-    T = num_steps
+    T = 8
     terminated, truncated = np.zeros((2, T, 2), int)
-    terminated[2, 0] = terminated[T - 2, 0] = truncated[3, 1] = 1
+    terminated[2, 0] = terminated[6, 0] = truncated[3, 1] = 1
     final_obs = wave(T, 2, dim, first=400, scale=2.0) * (terminated | truncated)[..., None]
     return {
         "obs": wave(T + 1, 2, dim, first=300, scale=2.0).astype(dtype),
@@ -451,7 +435,7 @@ def stream_data(num_steps, dim, dtype):
 
 def normalization():
     """The first rewards and one final observation are clipped."""
-    data = stream_data(8, 2, np.float64)
+    data = stream_data(2, np.float64)
     data["obs"] += [3.0, -1.0]
     data["final_obs"][3, 1] = 50.0
     data["rewards"][0] = 1.0
@@ -476,7 +460,7 @@ def normalization():
 
 
 def digest(frames):
-    return hashlib.sha256(np.ascontiguousarray(frames).tobytes()).hexdigest()
+    return hashlib.sha256(frames.tobytes()).hexdigest()
 
 
 def atari(title, num_steps, held=None, **env_kwargs):
@@ -485,9 +469,8 @@ def atari(title, num_steps, held=None, **env_kwargs):
     held: from step 60 on only this action, which soon loses a game.
     """
     env_id, seed = f"{title}NoFrameskip-v4", 1
-    args = ppo_atari.Args(env_id=env_id, num_envs=1, vectorization="sync")
-    args = dataclasses.replace(args, env_kwargs=json.dumps(env_kwargs))
-    envs = ppo_atari.make_envs(args)
+    settings = {"env_id": env_id, "env_kwargs": json.dumps(env_kwargs)}
+    envs = ppo_atari.make_envs(ppo_atari.Args(**settings, num_envs=1, vectorization="sync"))
     game = gym.make(env_id)  # another one, whose generator draws the same numbers
     game.reset(seed=seed)
     noops = game.unwrapped.np_random.integers(1, 31, size=2)
@@ -501,8 +484,7 @@ def atari(title, num_steps, held=None, **env_kwargs):
         for steps, x in zip(ends, end, strict=True):
             steps.extend([t] * int(x[0]))
     envs.close()
-    inputs = {"env_id": env_id, "env_kwargs": env_kwargs}
-    inputs |= {"noops": noops, "actions": actions}
+    inputs = {"env_id": env_id, "env_kwargs": env_kwargs, "noops": noops, "actions": actions}
     outputs = {"shape": frames[0].shape, "dtype": str(frames[0].dtype)}
     outputs |= {"sha256_of_every_tenth": [digest(x) for x in frames[::10]]}
     outputs |= {"sha256_of_all": digest(np.stack(frames))}
@@ -545,22 +527,20 @@ def lstm():
 # Language models
 
 
-LENGTHS = [5, 3, 1, 4]
-TOKENS = np.arange(5) < np.array(LENGTHS)[:, None]  # [B, R], what counts
+TOKENS = np.arange(5) < np.array([[5], [3], [1], [4]])  # [B, R], those that count
 
 
 def tensors(inputs):
-    arrays = (np.ndarray, torch.Tensor)
-    return {k: torch.as_tensor(x) if isinstance(x, arrays) else x for k, x in inputs.items()}
+    return {k: torch.as_tensor(x) if isinstance(x, np.ndarray) else x for k, x in inputs.items()}
 
 
 def token_rewards():
     inputs = {"scores": wave(4, first=5), "has_eos": np.array([False, True, True, False])}
-    inputs |= {"kl": wave(4, 5, first=20) * TOKENS, "mask": TOKENS}
+    inputs |= {"kl": wave(4, 5, first=20), "mask": TOKENS}
     inputs |= {"kl_coef": 0.1, "missing_eos_penalty": -1.0}
     rewards = ppo_rlhf.token_rewards(**tensors(inputs))
     about = "Arrays [B] and [B, R]. The score is on the last token that counts, the penalty in its"
-    about += " place without EOS."
+    about += " place without EOS; what does not count gets 0, whatever its KL."
     return vector("H43 H44 H45 H61", about, inputs, {"rewards": rewards})
 
 
@@ -593,7 +573,7 @@ def parameter_values(shape):
 
 
 def iteration():
-    data = stream_data(8, 3, np.float32)
+    data = stream_data(3, np.float32)
     settings = {"gamma": 0.99, "gae_lambda": 0.95, "learning_rate": 3e-3, "clip_coef": 0.2}
     settings |= {"ent_coef": 0.01, "vf_coef": 0.5, "max_grad_norm": 0.5}
     settings |= {"update_epochs": 2, "num_minibatches": 2}
@@ -618,10 +598,8 @@ def iteration():
     with patch.object(ppo_discrete, "make_envs", make_envs):
         agent, updates, _ = record(ppo_discrete, prepare, **sizes, **settings)
     _, actions, *columns = updates[0][0]
-    inputs = {
-        name: x if x.dtype == int else np.round(x.astype(float), 3) for name, x in data.items()
-    }
-    inputs |= {"actions": actions[:, 0].view(8, 2)}
+    decimals = {name: np.round(data[name].astype(float), 3) for name in ("obs", "final_obs")}
+    inputs = data | decimals | {"actions": actions[:, 0].view(8, 2)}
     inputs |= {"permutations": torch.stack([x[1] for x in updates]).view(2, 16)} | settings
     inputs |= {"shapes": {name: list(x.shape) for name, x in before.items()}}
     names = "logprobs", "values", "advantages", "returns"
@@ -630,10 +608,11 @@ def iteration():
     for name, parameter in agent.named_parameters():
         change = (parameter.detach().double() - before[name]).flatten()
         outputs[f"change of {name}"] = [change.norm(), change.sum(), *change[:8]]
-    about = "ppo_discrete.py with one choice out of three. Arrays [T, N], flat as T N samples in"
-    about += " that order; shapes: of the parameters, each sin(k^2) / sqrt(inputs) for weights,"
-    about += " sin(k^2) / 10 for biases, k the flat index in float64. Losses: one a minibatch."
-    about += " change: of a parameter from first to last, its norm, sum and first 8 values."
+    about = "ppo_discrete.py with one choice out of three. A time limit counts on V(final_obs)."
+    about += " Arrays [T, N], flat as T N samples in that order. shapes: of the parameters, each"
+    about += " sin(k^2) / sqrt(inputs) for weights, sin(k^2) / 10 for biases, k the flat index."
+    about += " Losses: one a minibatch. change: of a parameter from first to last, its norm, sum"
+    about += " and first 8 values."
     detail = "C1 C3 C4 C5 C6 C7 C8 C9 C10 C11 C12 C13"
     return vector(detail, about, inputs, outputs, 1e-4)
 
@@ -643,9 +622,9 @@ VECTORS = {
     "gae_lambda_0": lambda: gae(0.0),
     "gae_lambda_1": lambda: gae(1.0),
     "advantage_normalization": advantage_normalization,
-    "loss_discrete": lambda: discrete_loss("One choice out of five.", "", [5]),
-    "loss_multidiscrete": lambda: discrete_loss("Choices out of three, two, four.", "M1", NVEC),
-    "loss_masked": lambda: discrete_loss("Choices with mask 1 are valid.", "X4", [5], MASK),
+    "loss_discrete": lambda: discrete_loss([5], None, "", "One choice out of five."),
+    "loss_multidiscrete": lambda: discrete_loss([3, 2, 4], None, "M1", "Three choices at a time."),
+    "loss_masked": lambda: discrete_loss([5], MASK, "X4", "Choices whose mask is 1 are valid."),
     "loss_gaussian": gaussian_loss,
     "value_clipping": value_clipping,
     "entropy": entropy,

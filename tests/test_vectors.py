@@ -471,7 +471,7 @@ def test_normalization_clips_rewards_and_observations():
 
 
 def test_games_have_all_kinds_of_ends():
-    """Five lives and another game, a life, a game cut off and another; rewards of both signs."""
+    """All lives and another game, a life, a game cut off and another; rewards of both signs."""
     games = [read(f"atari_{name}")["outputs"] for name in ("breakout", "mspacman", "pong")]
     ends = [(len(x["terminated_at"]), len(x["truncated_at"])) for x in games]
     assert ends == [(5, 0), (1, 0), (0, 1)]
