@@ -94,22 +94,18 @@ def advantages_and_returns(rewards, values, dones, gamma, gae_lambda):
     return advantages, advantages + values[:-1]
 
 
-def loss_gradients(params, minibatch, args):
-    """The negated objective of [PPO] equation 9 and its derivatives by all parameters.
+def objective(logprobs, entropy, values, minibatch, args):
+    """The negated objective of [PPO] equation 9 from log pi(a|s), S and V(s), each [M].
 
         L = - mean_i min(r_i A_i, clip(r_i, 1 - eps, 1 + eps) A_i)
             + c1 mean_i max((V_i - R_i)^2, (V_old_i + clip(V_i - V_old_i, -eps, eps) - R_i)^2) / 2
             - c2 mean_i S_i
 
-    minibatch: obs [M, obs_dim], actions [M] or [M, K], and, each [M], log pi_old(a|s), V_old(s),
-    A and R. A is normalized to mean 0 and standard deviation 1. -> gradients, statistics
+    minibatch: each [M], log pi_old(a|s), V_old(s), A and R. A is normalized to mean 0 and standard
+    deviation 1. -> the derivatives by log pi(a|s) and by V(s), each [M], statistics
     """
-    obs, actions, old_logprobs, old_values, advantages, returns = minibatch
-    M, eps = len(obs), args.clip_coef
-    actor, critic = forward(params, "actor", obs), forward(params, "critic", obs)
-    values = critic[-1][:, 0]
-    logprobs, entropy, *derivatives = policy(params, actor[-1], actions)
-    by_output, entropy_by_output, by_log_std = derivatives
+    old_logprobs, old_values, advantages, returns = minibatch
+    M, eps = len(values), args.clip_coef
 
     A = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
     ratio = np.exp(logprobs - old_logprobs)
@@ -121,16 +117,10 @@ def loss_gradients(params, minibatch, args):
     plain, clipped = values - returns, old_values + np.clip(moved, -eps, eps) - returns
     value_loss = np.maximum(plain**2, clipped**2).mean() / 2
     stopped = (np.abs(moved) > eps) & (clipped**2 > plain**2)
-    by_value = np.where(stopped, 0.0, plain) / M
+    by_value = args.vf_coef * np.where(stopped, 0.0, plain) / M
 
-    loss = policy_loss + args.vf_coef * value_loss - args.ent_coef * entropy.mean()
-    by_output = by_logprob[:, None] * by_output - args.ent_coef * entropy_by_output / M
-    gradients = backward(params, "actor", actor, by_output)
-    gradients |= backward(params, "critic", critic, args.vf_coef * by_value[:, None])
-    if "log_std" in params:
-        gradients["log_std"] = (by_logprob[:, None] * by_log_std).sum(0) - args.ent_coef
     stats = {
-        "loss": loss,
+        "loss": policy_loss + args.vf_coef * value_loss - args.ent_coef * entropy.mean(),
         "policy_loss": policy_loss,
         "value_loss": value_loss,
         "entropy": entropy.mean(),
@@ -138,8 +128,27 @@ def loss_gradients(params, minibatch, args):
         "approx_kl": np.mean(ratio - 1 - np.log(ratio)),
         "clipfrac": np.mean(np.abs(ratio - 1) > eps),
         "value_clipfrac": np.mean(stopped),
-        "grad_norm": np.sqrt(sum((g**2).sum() for g in gradients.values())),
     }
+    return by_logprob, by_value, stats
+
+
+def loss_gradients(params, minibatch, args):
+    """The derivatives of the objective by all parameters.
+
+    minibatch: obs [M, obs_dim], actions [M] or [M, K] and what `objective` takes
+    -> gradients, statistics
+    """
+    obs, actions, *data = minibatch
+    actor, critic = forward(params, "actor", obs), forward(params, "critic", obs)
+    logprobs, entropy, *derivatives = policy(params, actor[-1], actions)
+    by_output, entropy_by_output, by_log_std = derivatives
+    by_logprob, by_value, stats = objective(logprobs, entropy, critic[-1][:, 0], data, args)
+    by_output = by_logprob[:, None] * by_output - args.ent_coef * entropy_by_output / len(obs)
+    gradients = backward(params, "actor", actor, by_output)
+    gradients |= backward(params, "critic", critic, by_value[:, None])
+    if "log_std" in params:
+        gradients["log_std"] = (by_logprob[:, None] * by_log_std).sum(0) - args.ent_coef
+    stats["grad_norm"] = np.sqrt(sum((g**2).sum() for g in gradients.values()))
     return gradients, stats
 
 

@@ -9,13 +9,12 @@ import json
 import os
 import types
 import zlib
-from pathlib import Path
 
-import gymnasium as gym
 import numpy as np
 import pytest
 import torch
 
+import make_vectors
 import ppo_atari
 import ppo_atari_lstm
 import ppo_continuous
@@ -236,27 +235,25 @@ def test_large_updates_are_those_of_the_reference(monkeypatch, script, float64):
 # ------------------------------------------------------------------------------------------------
 # First iterations that were written down
 
-# Each file of vectors/ has what a script's first iteration computes from weights that are set here.
-# The usual ones are orthogonal, from torch's normal numbers and LAPACK's QR decomposition: machines
-# agree on them to about 1e-6, but another version of either may well choose other ones. And with
-# them the policy's last layer is almost 0, which hides most of what could be wrong before it.
-# Episodes are cut off after a few steps and bootstrapped.
+# Each docs/vectors/first_iteration_*.json has what a script's first iteration computes from weights
+# that are set here. The usual ones are orthogonal, from torch's normal numbers and LAPACK's QR
+# decomposition: machines agree on them to about 1e-6, but another version of either may well choose
+# other ones. And with them the policy's last layer is almost 0, which hides most of what could be
+# wrong before it. Episodes are cut off after a few steps and bootstrapped.
 
-VECTORS = Path(__file__).parent / "vectors"
 REWRITE = "REWRITE_VECTORS=1 pytest tests/test_reference.py -k vectors"
-TOLERANCE = 1e-4
+SHORT, SHORT_GAME = {"max_episode_steps": 5}, {"max_num_frames_per_episode": 50}
+GAME = "JourneyEscapeNoFrameskip-v4"  # with a reward within 8 steps
 ITERATIONS = {
-    "discrete": (ppo_discrete, "ShortCartPole-v0", 3e-3),
-    "continuous": (ppo_continuous, "ShortPendulum-v0", 1e-3),
-    "atari": (ppo_atari, "ShortGame-v0", 1e-4),
-    "atari_lstm": (ppo_atari_lstm, "ShortGame-v0", 1e-4),
+    "discrete": (ppo_discrete, "CartPole-v1", SHORT, 3e-3, "C13"),
+    "continuous": (ppo_continuous, "Pendulum-v1", SHORT, 1e-3, "C13 R1 R2 R3 R4 R6 R7 R8 R9"),
+    "atari": (ppo_atari, GAME, SHORT_GAME, 1e-4, "A2 A5 A6 A7 A8 A9"),
+    "atari_lstm": (ppo_atari_lstm, GAME, SHORT_GAME, 1e-4, "A2 A5 A6 A8 A9 L2 L3 L4 L5"),
 }
-
-CONTROL = "gymnasium.envs.classic_control"
-gym.register("ShortCartPole-v0", f"{CONTROL}:CartPoleEnv", max_episode_steps=5)
-gym.register("ShortPendulum-v0", f"{CONTROL}:PendulumEnv", max_episode_steps=5)
-GAME = {"game": "journey_escape", "repeat_action_probability": 0, "max_num_frames_per_episode": 50}
-gym.register("ShortGame-v0", "ale_py.env:AtariEnv", kwargs=GAME)  # with a reward within 8 steps
+ABOUT = """The first iteration of {} with these arguments, from numpy's
+default_rng(zlib.crc32(name.encode())).normal(0, (2 / fan_in) ** 0.5, shape) for each parameter;
+fan_in is 100 where there is one dimension. Arrays [T, N], flat; losses: one a minibatch; change:
+of a parameter from first to last, its sum and norm."""
 
 
 def portable_weights(agent):
@@ -269,17 +266,18 @@ def portable_weights(agent):
     torch.manual_seed(0)
 
 
-def first_iteration(monkeypatch, script, env_id, learning_rate):
-    """name -> numbers, rounded to 7 digits"""
-    settings = PLAIN | {"env_id": env_id, "num_envs": 2, "num_steps": 8, "total_timesteps": 16}
-    settings |= {"num_minibatches": 2, "update_epochs": 2, "learning_rate": learning_rate}
-    settings["precision"] = "fp32"  # of those scripts that have it
-    names = {field.name for field in dataclasses.fields(script.Args)}
+def first_iteration(monkeypatch, script, env_id, env_kwargs, learning_rate, detail):
+    """As docs/make_vectors.py makes a vector, with numbers to 7 digits."""
+    inputs = {"env_id": env_id, "env_kwargs": env_kwargs, "seed": 1, "num_envs": 2, "num_steps": 8}
+    inputs |= {"total_timesteps": 16, "num_minibatches": 2, "update_epochs": 2}
+    inputs |= {"learning_rate": learning_rate}
+    settings = PLAIN | inputs | {"env_kwargs": json.dumps(env_kwargs), "precision": "fp32"}
+    names = {field.name for field in dataclasses.fields(script.Args)}  # not all have a precision
     seen = record(monkeypatch, script, portable_weights)
     script.train(script.Args(**{k: v for k, v in settings.items() if k in names}))
     (_, batch, *_), _ = seen.gradients[0]
     logprobs, values, advantages, returns = (x.flatten()[:16] for x in batch[-4:])
-    vectors = {
+    outputs = {
         "mean_observations": [x.mean(dtype=float) for x in seen.obs],
         "actions": seen.actions,
         "rewards": seen.rewards,
@@ -291,23 +289,29 @@ def first_iteration(monkeypatch, script, env_id, learning_rate):
     }
     _, statistics = zip(*seen.gradients, strict=True)
     for name in statistics[0]:  # one for each minibatch
-        vectors[name] = [float(minibatch[name]) for minibatch in statistics]
+        outputs[name] = [float(minibatch[name]) for minibatch in statistics]
     for name, before in seen.params[0].items():  # a sum and a norm: alone, a sum may cancel out
         change = seen.params[-1][name] - before
-        vectors[f"change of {name}"] = [change.sum(), np.linalg.norm(change)]
-    return {k: [float(f"{x:.7g}") for x in np.ravel(v).astype(float)] for k, v in vectors.items()}
+        outputs[f"change of {name}"] = [change.sum(), np.linalg.norm(change)]
+    for name, x in outputs.items():
+        outputs[name] = [float(f"{number:.7g}") for number in np.ravel(x).astype(float)]
+    about = " ".join(ABOUT.format(f"{script.__name__}.py").split())
+    detail = f"C1 C3 C4 C5 C6 C7 C8 C9 C10 C11 C12 {detail}"
+    return make_vectors.vector(detail, about, inputs, outputs, tolerance=1e-4)
 
 
 @pytest.mark.parametrize("name", ITERATIONS)
 def test_first_iteration_equals_the_vectors(monkeypatch, name):
     """Each number to 1e-4 of the largest in its list, far more than machines differ by."""
-    vectors, path = first_iteration(monkeypatch, *ITERATIONS[name]), VECTORS / f"{name}.json"
+    vector = first_iteration(monkeypatch, *ITERATIONS[name])
+    path = make_vectors.FOLDER / f"first_iteration_{name}.json"
     if os.environ.get("REWRITE_VECTORS"):
-        lines = [f"{json.dumps(k)}: {json.dumps(v)}" for k, v in vectors.items()]
-        path.write_text("{\n" + ",\n".join(lines) + "\n}\n")
+        path.write_text(make_vectors.text(vector))
     stored = json.loads(path.read_text())
     hint = f"if this change is meant: {REWRITE}"
-    assert vectors.keys() == stored.keys(), hint
-    for key, expected in stored.items():
-        bound = TOLERANCE * np.abs(expected).max()
-        np.testing.assert_allclose(vectors[key], expected, 0, bound, err_msg=f"{key}; {hint}")
+    outputs, expected = vector.pop("outputs"), stored.pop("outputs")
+    assert vector == stored, hint
+    assert outputs.keys() == expected.keys(), hint
+    for key, numbers in expected.items():
+        bound = vector["tolerance"] * np.abs(numbers).max()
+        np.testing.assert_allclose(outputs[key], numbers, 0, bound, err_msg=f"{key}; {hint}")
