@@ -390,7 +390,7 @@ def record(folder: Path) -> tuple[dict[str, float], list[str]]:
 
 def copy_repository(folder: Path):
     """What tests look at, without docs/results and whatever else is large."""
-    for pattern in ("*.*", "docs/*.*", "benchmarks/*.*"):
+    for pattern in ("*.*", "docs/*.*", "docs/vectors/*.*", "benchmarks/*.*"):
         for path in filter(Path.is_file, ROOT.glob(pattern)):
             (folder / path.relative_to(ROOT)).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(path, folder / path.relative_to(ROOT))
