@@ -29,10 +29,10 @@ T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)  # Studen
 TASKS = {  # what a run is about: how it is called, what is measured, in words
     "sort": ("`--task sort`", "gold/exact", "exactly right"),
     "reviews": ("the default task", "gold/score", "gold"),
-    "films": ("SmolLM2, kind words about films", "objective/scores", "score"),
-    "sums": ("SmolLM2, sums", "objective/scores", "right"),
+    "films": ("SmolLM2, kind words about films", "proxy", "kindness"),
+    "sums": ("SmolLM2, sums", "proxy", "right"),
 }
-SHOWN = ("objective/scores", "objective/kl", "response/length")
+COSTS = ("episodes", "tokens", "seconds")
 METHODS = {"PPO": "C0", "GRPO": "C1", "GRPO of the paper": "C2", "PPO without KL": "C3"}
 
 
@@ -71,11 +71,6 @@ def interval(values, digits=3):
     return f"{mean:.{digits}f} ± {half:.{digits}f}"
 
 
-def last(metrics, name, count=5):
-    """Mean of a metric over the last iterations."""
-    return metrics[name][-count:].mean()
-
-
 def seconds(metrics):
     return sum(metrics[f"time/{name}"].sum() for name in ("gen", "score", "train"))
 
@@ -96,22 +91,23 @@ def critic(groups):
         if not runs:
             continue
         lines += [f"### {title[0].upper()}{title[1:]}", ""]
-        head = ("", "seeds", words, "proxy", "KL", "length", "episodes", "tokens", "seconds")
-        body = []
+        body = [("", f"{words}, before", "after", "proxy", "KL", "length", *COSTS)]
         for method, group in runs.items():
-            ends = [[last(metrics, x) for _, metrics in group] for x in (name, *SHOWN)]
-            cells = [interval(ends[0]), *(interval(values, 2) for values in ends[1:])]
+            metrics = [x for _, x in group]
+            cells = [interval([x[f"eval/sft/{name}"][-1] for x in metrics])]
+            for column in (name, "proxy", "kl", "length"):
+                cells.append(interval([x[f"eval/ppo/{column}"][-1] for x in metrics]))
             cells += [f"{group[0][1]['ppo/episode'][-1]:,.0f}"]
             cells += [f"{np.median([tokens(*run) for run in group]):,.0f}"]
-            cells += [f"{np.median([seconds(metrics) for _, metrics in group]):,.0f}"]
-            body.append((method, len(group), *cells))
-        lines += [*table(head, *body), ""]
+            cells += [f"{np.median([seconds(x) for x in metrics]):,.0f}"]
+            body.append((method, *cells))
+        lines += [*table(*body), ""]
         for method, group in runs.items():
-            config = group[0][0]
-            command = re.sub(r" --seed \d+| --load \S+", "", config["command"])
+            command = re.sub(r" --seed \d+| --load \S+| --track", "", group[0][0]["command"])
             commits = ", ".join(sorted({config["git_commit"][:12] for config, _ in group}))
-            lines += [f"{method}: `python {command}`, seeds {those(group)}; commit {commits}."]
-        lines += ["", f"![{title}](results/critic/{task}.png)", ""]
+            command = command.replace("\n", "\\n")
+            lines += [f"{method}, seeds {those(group)}: `python {command}`; commit {commits}.", ""]
+        lines += [f"![{title}](results/critic/{task}.png)", ""]
     machines = "; ".join(sorted({x["machine"] for group in groups.values() for x, _ in group}))
     return [*lines, f"Machine: {machines}; other work ran on the same cores.", ""]
 
@@ -148,6 +144,7 @@ def page(groups):
 def plot(groups, task, path):
     """Means over the seeds, with the band between the lowest and the highest."""
     _, name, words = TASKS[task]
+    name = name.replace("proxy", "objective/scores")
     panels = {name: words, "objective/kl": "KL, nats"}
     if any("objective/dead_groups" in metrics for _, metrics in groups.get((task, "GRPO"), [])):
         panels["objective/dead_groups"] = "groups of equal scores"

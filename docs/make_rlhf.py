@@ -50,7 +50,7 @@ def keep(folder, results=RESULTS, left_out=STEPS):
     with open("/proc/cpuinfo") as file:
         cpu = next(line.split(":")[1].strip() for line in file if line.startswith("model name"))
     config["machine"] = f"{config['cpus']} cores, {cpu}, device {config['device']}"
-    config["command"] = re.sub(r"\S*/(?=\S)", "", config["command"])  # no folders
+    config["command"] = re.sub(r"(?<!\S)/\S*/(?=\S)", "", config["command"])  # of the machine
     config["load"] = config["load"] and Path(config["load"]).parent.name
     with open(folder / "metrics.csv") as file:
         rows = [row for row in csv.DictReader(file) if not left_out.match(row["name"])]

@@ -40,10 +40,9 @@ def test_interval_by_hand():
     assert make_critic.interval([0.25]) == "0.250"
 
 
-def test_last_tokens_and_seconds():
-    metrics = {"x": np.arange(10.0), "response/length": np.array([3.0, 5.0])}
+def test_tokens_and_seconds():
+    metrics = {"response/length": np.array([3.0, 5.0])}
     metrics |= {f"time/{name}": np.array([1.0, 2.0]) for name in ("gen", "score", "train")}
-    assert make_critic.last(metrics, "x") == 7
     assert make_critic.tokens({"batch_size": 10}, metrics) == 80
     assert make_critic.seconds(metrics) == 9
 
