@@ -432,7 +432,8 @@ def test_failures(monkeypatch):
     assert str(failures.ROOT) not in json.dumps(facts)
 
 
-def test_a_failure_runs_the_script_with_its_line_replaced(monkeypatch):
+@pytest.mark.slow
+def test_a_failure_runs_the_script_with_its_line_replaced():
     """One iteration on what the unchanged run has learned, sampled at twice the temperature."""
     small = "--sft-texts 64 --rm-pairs 32 --rm-test-pairs 32 --d-model 16 --num-layers 1"
     case, args = failures.CASES["negative KL"], failures.Args(episodes=128)
