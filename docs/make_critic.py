@@ -33,7 +33,7 @@ TASKS = {  # what a run is about: how it is called, what is measured, in words
     "sums": ("SmolLM2, sums", "proxy", "right"),
 }
 COSTS = ("episodes", "tokens", "seconds")
-METHODS = {"PPO": "C0", "GRPO": "C1", "GRPO of the paper": "C2", "PPO without KL": "C3"}
+METHODS = {"PPO": "C0", "GRPO": "C1", "PPO without KL": "C2", "GRPO without KL": "C3"}
 
 
 def task_of(config):
@@ -41,10 +41,9 @@ def task_of(config):
 
 
 def method_of(config):
-    if config["group_size"] > 1:
-        return "GRPO of the paper" if config["kl_in"] == "loss" else "GRPO"
+    name = "GRPO" if config["group_size"] > 1 else "PPO"
     free = config["kl_coef"] == 0 and task_of(config) == "films"
-    return "PPO without KL" if free else "PPO"
+    return f"{name} without KL" if free else name
 
 
 def keep(folder):
@@ -57,7 +56,7 @@ def load():
     """{(task, method): [(config, metrics), ...]} in the order of TASKS, METHODS and seeds."""
     runs = sorted(read(RESULTS), key=lambda run: run[0]["seed"])
     groups = {(task, method): [] for task in TASKS for method in METHODS}
-    for run in runs:
+    for run in [run for run in runs if run[0]["stages"] != "eval"]:
         groups[task_of(run[0]), method_of(run[0])].append(run)
     return {key: group for key, group in groups.items() if group}
 
@@ -112,6 +111,22 @@ def critic(groups):
     return [*lines, f"Machine: {machines}; other work ran on the same cores.", ""]
 
 
+def texts(groups):
+    """What the policies of one seed say of the same prompts, before and after."""
+    said = {}
+    for path in sorted(RESULTS.glob("*.jsonl")):
+        config = json.loads(path.with_suffix(".json").read_text())
+        for row in map(json.loads, path.read_text().splitlines()):
+            if "policy" in row and task_of(config) == "films" and config["seed"] == 1:
+                policy = "SFT" if row["policy"] == "SFT" else method_of(config)
+                text = " ".join(row["response"].replace("|", "\\|").split())
+                said.setdefault(policy, {})[row["prompt"]] = f"{text} ({row['score']:.2f})"
+    policies = ["SFT", *METHODS]
+    body = [("prompt", "SmolLM2 as it is", *METHODS)]
+    body += [(x, *(said[policy][x] for policy in policies)) for x in said["SFT"]]
+    return [*table(*body), "", "In brackets the score.", ""]
+
+
 def failures(groups):
     """A table of what benchmarks/failures.py has seen."""
     with open(FAILURES) as file:
@@ -134,7 +149,7 @@ def failures(groups):
 def page(groups):
     """docs/rlhf.md with the figures of these runs"""
     text = PAGE.read_text()
-    for function in (critic, failures):
+    for function in (critic, texts, failures):
         first, end = f"<!-- {function.__name__}, by make_critic.py -->\n", "<!-- end -->"
         before, rest = text.split(first)
         text = "\n".join([before + first, *function(groups), end + rest.partition(end)[2]])
