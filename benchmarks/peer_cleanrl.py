@@ -1,0 +1,388 @@
+"""What the code of CleanRL says to docs/vectors/: its own lines and classes, as they lie in a clone.
+
+`answers(folder)` gives for each vector the function (inputs) -> (outputs, undone), where `undone`
+has for each difference the outputs there would be without it, or None where that cannot be had.
+"""
+
+import sys
+import types
+from pathlib import Path
+from types import SimpleNamespace
+from unittest.mock import patch
+
+import ale_py
+import gymnasium as gym
+import numpy as np
+import torch
+from torch import nn, optim
+
+import cleanrl_shim
+import make_vectors
+from peer_code import DEVIATION, LIMIT, run, with_population_deviation
+
+STATISTICS, PICTURES = "statistics of each environment", "order of the picture"
+
+
+class Script:
+    """A script of CleanRL: its text, and what it defines before its `__main__`."""
+
+    def __init__(self, folder, name):
+        path = Path(folder) / "cleanrl" / name
+        self.source, self.names = path.read_text(), {"__name__": "peer", "__file__": str(path)}
+        tensorboard = types.ModuleType("torch.utils.tensorboard")
+        tensorboard.SummaryWriter = cleanrl_shim.SummaryWriter
+        with (
+            patch.dict(sys.modules, {tensorboard.__name__: tensorboard}),
+            patch.object(sys, "path", [str(folder), *sys.path]),
+        ):
+            exec(compile(self.source, str(path), "exec"), self.names)
+
+    def run(self, names, *lines, **until):
+        """Adds to `names` what such lines make of them."""
+        names.update(torch=torch, np=np, nn=nn, optim=optim, device="cpu")
+        return run(self.source, names, *lines, **until)
+
+
+def tensor(x, grad=False):
+    return torch.tensor(np.asarray(x, float), requires_grad=grad)
+
+
+def advantages(script, rewards, values, next_values, dones, **settings):
+    """Its dones[t] says that observation t begins an episode."""
+    dones = np.asarray(dones, float)
+    names = {"args": SimpleNamespace(num_steps=len(rewards), **settings)}
+    names |= {"rewards": tensor(rewards), "values": tensor(values)}
+    names |= {"dones": tensor(np.roll(dones, 1, 0)), "next_done": tensor(dones[-1])}
+    names |= {"next_value": tensor(next_values)[-1:]}
+    return script.run(names, "advantages", "returns")
+
+
+def gae(script, rewards, next_values, dones, gamma, **others):
+    """Undone: the value of what was seen last is added to the last reward, by hand."""
+    others |= {"next_values": next_values, "dones": dones, "gamma": gamma}
+    ends = np.asarray(rewards) + gamma * np.asarray(next_values) * dones
+    found = [advantages(script, rewards=x, **others)["advantages"] for x in (rewards, ends)]
+    return {"advantages": found[0]}, {LIMIT: {"advantages": found[1]}}
+
+
+def minibatch(script, agent, actions, logprobs, values, advantages, returns, **settings):
+    """All variables after one minibatch of all samples."""
+    M = len(actions)
+    names = {"agent": agent, "args": SimpleNamespace(**settings), "mb_inds": np.arange(M)}
+    names |= {"b_obs": torch.zeros(M, 1), "b_actions": actions, "clipfracs": []}
+    columns = {"logprobs": logprobs, "values": values, "advantages": advantages, "returns": returns}
+    names |= {f"b_{name}": tensor(x) for name, x in columns.items()}
+    return script.run(names, "newlogprob", "loss")
+
+
+def agent_of(script, new_values, **tables):
+    """Its Agent, whose networks say what is given."""
+    critic = {"critic": lambda obs: new_values[:, None]}
+    agent = SimpleNamespace(**critic, **tables)
+    method = script.names["Agent"].get_action_and_value
+    agent.get_action_and_value = lambda *args: method(agent, *args)
+    return agent
+
+
+STATISTICS_OF = {
+    "new_logprobs": "newlogprob",
+    "loss": "loss",
+    "policy_loss": "pg_loss",
+    "value_loss": "v_loss",
+    "entropy": "entropy_loss",
+    "old_approx_kl": "old_approx_kl",
+    "approx_kl": "approx_kl",
+}
+
+
+def loss(script, new_values, actions, **columns):
+    leaves = {k: columns.pop(k) for k in ("logits", "mean", "log_std") if k in columns}
+    columns.pop("nvec", None)
+
+    def outputs():
+        new, tensors = tensor(new_values, True), {k: tensor(x, True) for k, x in leaves.items()}
+        if "logits" in leaves:
+            taken, tables = torch.tensor(actions)[:, 0], {"actor": lambda _: tensors["logits"]}
+        else:
+            taken, tables = tensor(actions), {"actor_mean": lambda _: tensors["mean"]}
+            tables["actor_logstd"] = tensors["log_std"][None]
+        names = minibatch(script, agent_of(script, new, **tables), taken, **columns)
+        names["loss"].backward()
+        found = {ours: names[theirs].detach() for ours, theirs in STATISTICS_OF.items()}
+        gradients = {f"grad_{k}": x.grad for k, x in tensors.items()} | {"grad_new_values": new.grad}
+        return found | {"clipfrac": names["clipfracs"][0]} | gradients
+
+    with with_population_deviation():
+        undone = outputs()
+    return outputs(), {DEVIATION: undone}
+
+
+def of_logprobs(script, new_logprobs, logprobs, advantages=None, new_values=None, **changes):
+    """All variables after a minibatch in which the first of two actions has these log-probs."""
+    first = tensor(new_logprobs)
+    logits = torch.stack([first, torch.log1p(-first.exp())], 1)
+    zeros = np.zeros(len(logits))
+    columns = {"values": zeros, "returns": zeros}
+    columns |= {"advantages": zeros if advantages is None else advantages, "logprobs": logprobs}
+    settings = {"clip_coef": 0.2, "ent_coef": 0.0, "vf_coef": 1.0}
+    settings |= {"norm_adv": False, "clip_vloss": True}
+    new_values = tensor(zeros if new_values is None else new_values)
+    agent = agent_of(script, new_values, actor=lambda obs: logits)
+    actions = torch.zeros(len(logits), dtype=int)
+    return minibatch(script, agent, actions, **columns | settings | changes)
+
+
+def advantage_normalization(script, advantages):
+    half = np.full(len(advantages), np.log(0.5))
+
+    def outputs():
+        names = of_logprobs(script, half, half, advantages, norm_adv=True)
+        return {"normalized_advantages": names["mb_advantages"]}
+
+    with with_population_deviation():
+        undone = outputs()
+    return outputs(), {DEVIATION: undone}
+
+
+def value_clipping(script, new_values, values, returns, clip_coef):
+    half, found = [np.log(0.5)], []
+    for new, value, target in zip(new_values, values, returns, strict=True):
+        sample = {"new_values": [new], "values": [value], "returns": [target]}
+        found.append(of_logprobs(script, half, half, clip_coef=clip_coef, **sample)["v_loss"])
+    return {"value_losses": torch.stack(found)}, {}
+
+
+def entropy(script, continuous, logits, log_std, **others):
+    logits, zeros = tensor(logits), torch.zeros(len(logits))
+    discrete = agent_of(script, zeros, actor=lambda obs: logits)
+    tables = {"actor_mean": lambda obs: logits[:, :2], "actor_logstd": tensor(log_std)[None]}
+    gaussian = agent_of(continuous, zeros, **tables)
+    found = [agent.get_action_and_value(zeros)[2] for agent in (discrete, gaussian)]
+    return dict(zip(("categorical", "gaussian"), found, strict=True)), {}
+
+
+def kl(script, new_logprobs, logprobs):
+    names = of_logprobs(script, new_logprobs, logprobs)
+    return {name: names[name] for name in ("old_approx_kl", "approx_kl")}, {}
+
+
+def clip_fraction(script, **inputs):
+    return {"clipfrac": of_logprobs(script, **inputs)["clipfracs"][0]}, {}
+
+
+def gradient_clipping(script, weight, bias, max_grad_norm):
+    parameters = []
+    for x in (weight, bias):
+        parameters.append(tensor(np.zeros_like(x), True))
+        parameters[-1].grad = tensor(x)
+    names = {"agent": SimpleNamespace(parameters=lambda: parameters)}
+    names["args"] = SimpleNamespace(max_grad_norm=max_grad_norm)
+    script.run(names, "clip_grad_norm_()", "clip_grad_norm_()")
+    return {"clipped_weight": parameters[0].grad, "clipped_bias": parameters[1].grad}, {}
+
+
+def adam(script, parameters, gradients, learning_rate, **_):
+    before, x = tensor(parameters), tensor(parameters, True)
+    names = {"agent": SimpleNamespace(parameters=lambda: [x])}
+    names["args"] = SimpleNamespace(learning_rate=learning_rate)
+    optimizer, change = script.run(names, "optimizer", "optimizer")["optimizer"], []
+    for gradient in gradients:
+        x.grad = tensor(gradient)
+        optimizer.step()
+        change.append(x.detach() - before)
+    return {"change": torch.stack(change)}, {}
+
+
+def annealing(script, learning_rate, num_iterations, iterations, **_):
+    args, found = SimpleNamespace(learning_rate=learning_rate, num_iterations=num_iterations), []
+    for iteration in iterations:
+        found.append(script.run({"args": args, "iteration": iteration}, "frac", "lrnow")["lrnow"])
+    return {"learning_rates": found}, {}
+
+
+def orthogonal(scripts, shapes):
+    """Weights are matched by where they stand: torso, actor, critic."""
+    numbers, pictures = gym.spaces.Box(-1, 1, (6,)), gym.spaces.Box(0, 255, (4, 84, 84))
+    spaces = {
+        "discrete": (gym.spaces.Box(-1, 1, (4,)), gym.spaces.Discrete(2)),
+        "continuous": (numbers, gym.spaces.Box(-1, 1, (3,))),
+        "atari": (pictures, gym.spaces.Discrete(4)),
+        "atari_lstm": (pictures, gym.spaces.Discrete(4)),
+    }
+    found, biases = {}, 0.0
+    for kind, (seen, done) in spaces.items():
+        agent = scripts[kind].names["Agent"](make_vectors.spaces_of(seen, done))
+        for name, x in agent.named_parameters():
+            name = name.replace("network", "torso").replace("actor_mean", "actor")
+            if "weight" in name:
+                values = torch.linalg.svdvals(x.detach().flatten(1))
+                found[f"{kind}.{name}"] = [values.min(), values.max()]
+            elif "bias" in name:
+                biases = max(biases, x.detach().abs().max().item())
+    return found | {"largest_bias": biases}, {}
+
+
+def lstm(script, x, starts, h, c, **weights):
+    memory = nn.LSTM(2, 4).double()
+    memory.load_state_dict({name: tensor(w) for name, w in weights.items()})
+    agent = SimpleNamespace(lstm=memory, network=lambda pixels: 255 * pixels)
+    state = tensor(h)[None], tensor(c)[None]
+    with torch.no_grad():
+        seen, begins = tensor(x).flatten(0, 1), tensor(starts).flatten()
+        hidden, (h, c) = script.names["Agent"].get_states(agent, seen, state, begins)
+    T, N, _ = np.shape(x)
+    return {"hidden": hidden.view(T, N, 4), "last_h": h[0], "last_c": c[0]}, {}
+
+
+SHIMS = [
+    cleanrl_shim.TransformObservation,
+    cleanrl_shim.ClipAction,
+    cleanrl_shim.GrayScaleObservation,
+    cleanrl_shim.FrameStack,
+]
+
+
+def shimmed():
+    """Names that Gymnasium no longer has."""
+    return patch.multiple(gym.wrappers, create=True, **{x.__name__: x for x in SHIMS})
+
+
+def normalization(script, gamma, **data):
+    """The wrappers are Gymnasium's, those of the version that is installed."""
+    data = {name: np.asarray(x) for name, x in data.items()}
+    space, finals, rewards = gym.spaces.Box(-1, 1, (1,)), np.zeros((8, 2, 2)), []
+    envs = []
+    for i in range(2):
+        with shimmed(), patch.object(gym, "make", lambda _, i=i: make_vectors.Stream(data, i, space)):
+            envs.append(script.names["make_env"]("", i, False, "", gamma)())
+    seen = [[env.reset()[0] for env in envs]]
+    for t in range(8):
+        steps = [env.step(np.zeros(1)) for env in envs]
+        ended = [terminated or truncated for _, _, terminated, truncated, _ in steps]
+        for i in np.flatnonzero(ended):
+            finals[t, i] = steps[i][0]
+        now = [
+            env.reset()[0] if end else x[0] for env, end, x in zip(envs, ended, steps, strict=True)
+        ]
+        seen.append(now)
+        rewards.append([x[1] for x in steps])
+    found = {"normalized_obs": seen, "normalized_final_obs": finals, "normalized_rewards": rewards}
+    return found, {STATISTICS: None}
+
+
+def atari(script, env_id, env_kwargs, noops, actions):
+    """Pictures with the stack as the last axis, as in the file."""
+    gym.register_envs(ale_py)
+    made = gym.make(env_id, **env_kwargs)
+    with shimmed(), patch.object(gym, "make", lambda _: made):
+        env = script.names["make_env"](env_id, 0, False, "")()
+    frames, rewards, ends = [np.moveaxis(env.reset(seed=1)[0], 0, -1)], [], [[], []]
+    for t, action in enumerate(actions):
+        obs, reward, *end, _ = env.step(action)
+        obs = env.reset()[0] if any(end) else obs
+        frames.append(np.moveaxis(obs, 0, -1))
+        rewards.append(int(reward))
+        for steps, x in zip(ends, end, strict=True):
+            steps.extend([t] * int(x))
+    env.close()
+    outputs = {"shape": frames[0].shape, "dtype": str(frames[0].dtype)}
+    outputs["sha256_of_every_tenth"] = [make_vectors.digest(x.copy()) for x in frames[::10]]
+    outputs["sha256_of_all"] = make_vectors.digest(np.stack(frames))
+    outputs |= {"rewards": rewards, "terminated_at": ends[0], "truncated_at": ends[1]}
+    return outputs, {PICTURES: None}
+
+
+class Recorder:
+    """Its optimiser, which notes the variables of each update."""
+
+    def __init__(self, optimizer, names):
+        self.optimizer, self.names, self.found = optimizer, names, []
+
+    def zero_grad(self):
+        self.optimizer.zero_grad()
+        found = {ours: self.names[STATISTICS_OF[ours]].item() for ours in list(STATISTICS_OF)[1:]}
+        self.found.append(found | {"clipfrac": self.names["clipfracs"][-1]})
+
+    def step(self):
+        self.optimizer.step()
+
+
+def iteration(script, obs, actions, rewards, final_obs, terminated, truncated, **others):
+    """Undone: the value of what was seen last is added to the last reward, by hand."""
+
+    def outputs(bootstrap):
+        settings = dict(others)
+        shapes, permutations = settings.pop("shapes"), iter(settings.pop("permutations"))
+        spaces = gym.spaces.Box(-1, 1, (3,)), gym.spaces.Discrete(3)
+        agent = script.names["Agent"](make_vectors.spaces_of(*spaces)).double()
+        before = {k: tensor(make_vectors.parameter_values(shape)) for k, shape in shapes.items()}
+        agent.load_state_dict(before)
+        names = {"obs": tensor(obs)[:-1], "actions": tensor(actions), "rewards": tensor(rewards)}
+        T, N = names["actions"].shape
+        with torch.no_grad():
+            last = tensor(truncated) * agent.get_value(tensor(final_obs)).squeeze(-1)
+            names["rewards"] += settings["gamma"] * last * bootstrap
+            flat = names["obs"].flatten(0, 1), names["actions"].flatten()
+            _, logprobs, _, values = agent.get_action_and_value(*flat)
+            now = agent.get_value(tensor(obs)[1:]).squeeze(-1)
+        names |= {"logprobs": logprobs.view(T, N), "values": values.view(T, N)}
+        dones = np.asarray(terminated) | np.asarray(truncated)
+        gamma = {k: settings[k] for k in ("gamma", "gae_lambda")}
+        told = advantages(script, names["rewards"], names["values"], now, dones, **gamma)
+        names |= {k: told[k] for k in ("advantages", "returns")} | {"agent": agent}
+        sizes = {"batch_size": T * N, "minibatch_size": T * N // settings["num_minibatches"]}
+        switches = {"norm_adv": True, "clip_vloss": True, "target_kl": None}
+        names["args"] = SimpleNamespace(**settings, **sizes, **switches)
+        names["envs"] = make_vectors.spaces_of(*spaces)
+        script.run(names, "optimizer", "optimizer")
+        recorder = names["optimizer"] = Recorder(names["optimizer"], names)
+
+        def shuffle(indices):
+            indices[:] = next(permutations)
+
+        norms, clip = [], nn.utils.clip_grad_norm_
+
+        def clip_grad_norm(*args):
+            norms.append(clip(*args))
+
+        with (
+            patch.object(np.random, "shuffle", shuffle),
+            patch.object(nn.utils, "clip_grad_norm_", clip_grad_norm),
+        ):
+            script.run(names, "b_obs", before="y_pred")
+        columns = ("logprobs", "values", "advantages", "returns")
+        found = {name: names[f"b_{name}"] for name in columns} | {"grad_norm": norms}
+        found |= {name: [x[name] for x in recorder.found] for name in recorder.found[0]}
+        for name, parameter in agent.named_parameters():
+            change = (parameter.detach() - before[name]).flatten()
+            found[f"change of {name}"] = [change.norm(), change.sum(), *change[:8]]
+        return found
+
+    undone = {LIMIT: outputs(True)}
+    with with_population_deviation():
+        undone |= {DEVIATION: outputs(False), f"{DEVIATION}, {LIMIT}": outputs(True)}
+    return outputs(False), undone
+
+
+def answers(folder):
+    """{vector: function of its inputs}"""
+    names = {"discrete": "ppo.py", "continuous": "ppo_continuous_action.py"}
+    names |= {"atari": "ppo_atari.py", "atari_lstm": "ppo_atari_lstm.py"}
+    scripts = {kind: Script(folder, name) for kind, name in names.items()}
+    ppo, continuous = scripts["discrete"], scripts["continuous"]
+
+    def bound(function, *args):
+        return lambda **inputs: function(*args, **inputs)
+
+    found = {name: bound(gae, ppo) for name in ("gae", "gae_lambda_0", "gae_lambda_1")}
+    for name in ("gradient_clipping", "gradient_clipping_below"):
+        found[name] = bound(gradient_clipping, ppo)
+    simple = [advantage_normalization, value_clipping, kl, clip_fraction, adam, annealing, iteration]
+    found |= {function.__name__: bound(function, ppo) for function in simple}
+    found |= {"loss_discrete": bound(loss, ppo), "loss_gaussian": bound(loss, continuous)}
+    found |= {"entropy": bound(entropy, ppo, continuous), "orthogonal": bound(orthogonal, scripts)}
+    found |= {"normalization": bound(normalization, continuous)}
+    found |= {"lstm": bound(lstm, scripts["atari_lstm"])}
+    for game in ("breakout", "mspacman", "pong"):
+        found[f"atari_{game}"] = bound(atari, scripts["atari"])
+    return found
