@@ -29,7 +29,6 @@ from pathlib import Path
 import numpy as np
 import torch
 import tyro
-
 from speed import ROOT, commit_of, machine, results_folder, without_paths
 
 sys.path[:0] = [str(ROOT), str(ROOT / "docs")]
@@ -72,7 +71,12 @@ def rows_of(peer: str, version: str, name: str, function) -> list[dict]:
         found = deviation(plain(outputs[output]), expected)
         row = {"peer": peer, "version": version, "vector": name, "output": output}
         row |= {"verdict": "same" if found <= vector["tolerance"] else "differs"}
-        row |= {"deviation": f"{found:.3g}", "tolerance": vector["tolerance"], "how": "", "rest": ""}
+        row |= {
+            "deviation": f"{found:.3g}",
+            "tolerance": vector["tolerance"],
+            "how": "",
+            "rest": "",
+        }
         if row["verdict"] == "differs":
             rests = {
                 how: np.inf if other is None else deviation(plain(other[output]), expected)

@@ -1,4 +1,4 @@
-"""What the code of CleanRL says to docs/vectors/: its own lines and classes, as they lie in a clone.
+"""What the code of CleanRL says to docs/vectors/: its own lines and classes, out of a clone.
 
 `answers(folder)` gives for each vector the function (inputs) -> (outputs, undone), where `undone`
 has for each difference the outputs there would be without it, or None where that cannot be had.
@@ -11,16 +11,15 @@ from types import SimpleNamespace
 from unittest.mock import patch
 
 import ale_py
+import cleanrl_shim
+import cv2
 import gymnasium as gym
 import numpy as np
 import torch
+from peer_code import DEVIATION, FIRST, LIMIT, SMALL, STATISTICS, run, with_population_deviation
 from torch import nn, optim
 
-import cleanrl_shim
 import make_vectors
-from peer_code import DEVIATION, LIMIT, run, with_population_deviation
-
-STATISTICS, PICTURES = "statistics of each environment", "order of the picture"
 
 
 class Script:
@@ -109,7 +108,9 @@ def loss(script, new_values, actions, **columns):
         names = minibatch(script, agent_of(script, new, **tables), taken, **columns)
         names["loss"].backward()
         found = {ours: names[theirs].detach() for ours, theirs in STATISTICS_OF.items()}
-        gradients = {f"grad_{k}": x.grad for k, x in tensors.items()} | {"grad_new_values": new.grad}
+        gradients = {f"grad_{k}": x.grad for k, x in tensors.items()} | {
+            "grad_new_values": new.grad
+        }
         return found | {"clipfrac": names["clipfracs"][0]} | gradients
 
     with with_population_deviation():
@@ -213,10 +214,10 @@ def orthogonal(scripts, shapes):
     for kind, (seen, done) in spaces.items():
         agent = scripts[kind].names["Agent"](make_vectors.spaces_of(seen, done))
         for name, x in agent.named_parameters():
-            name = name.replace("network", "torso").replace("actor_mean", "actor")
+            ours = name.replace("network", "torso").replace("actor_mean", "actor")
             if "weight" in name:
                 values = torch.linalg.svdvals(x.detach().flatten(1))
-                found[f"{kind}.{name}"] = [values.min(), values.max()]
+                found[f"{kind}.{ours}"] = [values.min(), values.max()]
             elif "bias" in name:
                 biases = max(biases, x.detach().abs().max().item())
     return found | {"largest_bias": biases}, {}
@@ -234,17 +235,11 @@ def lstm(script, x, starts, h, c, **weights):
     return {"hidden": hidden.view(T, N, 4), "last_h": h[0], "last_c": c[0]}, {}
 
 
-SHIMS = [
-    cleanrl_shim.TransformObservation,
-    cleanrl_shim.ClipAction,
-    cleanrl_shim.GrayScaleObservation,
-    cleanrl_shim.FrameStack,
-]
-
-
-def shimmed():
-    """Names that Gymnasium no longer has."""
-    return patch.multiple(gym.wrappers, create=True, **{x.__name__: x for x in SHIMS})
+def wrappers(**others):
+    """Gymnasium with names that it no longer has."""
+    names = ("TransformObservation", "ClipAction", "GrayScaleObservation", "FrameStack")
+    known = {name: getattr(cleanrl_shim, name) for name in names}
+    return patch.multiple(gym.wrappers, create=True, **known | others)
 
 
 def normalization(script, gamma, **data):
@@ -253,7 +248,10 @@ def normalization(script, gamma, **data):
     space, finals, rewards = gym.spaces.Box(-1, 1, (1,)), np.zeros((8, 2, 2)), []
     envs = []
     for i in range(2):
-        with shimmed(), patch.object(gym, "make", lambda _, i=i: make_vectors.Stream(data, i, space)):
+        with (
+            wrappers(),
+            patch.object(gym, "make", lambda _, i=i: make_vectors.Stream(data, i, space)),
+        ):
             envs.append(script.names["make_env"]("", i, False, "", gamma)())
     seen = [[env.reset()[0] for env in envs]]
     for t in range(8):
@@ -270,26 +268,58 @@ def normalization(script, gamma, **data):
     return found, {STATISTICS: None}
 
 
+class SmallGrey(gym.ObservationWrapper):
+    """Grey first, then small."""
+
+    def __init__(self, env, shape):
+        super().__init__(env)
+        self.observation_space = gym.spaces.Box(0, 255, shape, np.uint8)
+
+    def observation(self, observation):
+        grey = cv2.cvtColor(observation, cv2.COLOR_RGB2GRAY)
+        return cv2.resize(grey, self.observation_space.shape, interpolation=cv2.INTER_AREA)
+
+
+class ZeroFilled(cleanrl_shim.FrameStack):
+    """Before the first frame there is nothing."""
+
+    def reset(self, **kwargs):
+        stack, info = super().reset(**kwargs)
+        for frame in list(self.frames)[1:]:
+            self.frames.append(np.zeros_like(frame))
+        self.frames.append(stack[-1])
+        return np.stack(self.frames), info
+
+
 def atari(script, env_id, env_kwargs, noops, actions):
-    """Pictures with the stack as the last axis, as in the file."""
+    """With the seed of the file, whose generator draws `noops`; the stack is made the last axis.
+
+    Undone: other wrappers for the picture, for the stack, and for both.
+    """
     gym.register_envs(ale_py)
-    made = gym.make(env_id, **env_kwargs)
-    with shimmed(), patch.object(gym, "make", lambda _: made):
-        env = script.names["make_env"](env_id, 0, False, "")()
-    frames, rewards, ends = [np.moveaxis(env.reset(seed=1)[0], 0, -1)], [], [[], []]
-    for t, action in enumerate(actions):
-        obs, reward, *end, _ = env.step(action)
-        obs = env.reset()[0] if any(end) else obs
-        frames.append(np.moveaxis(obs, 0, -1))
-        rewards.append(int(reward))
-        for steps, x in zip(ends, end, strict=True):
-            steps.extend([t] * int(x))
-    env.close()
-    outputs = {"shape": frames[0].shape, "dtype": str(frames[0].dtype)}
-    outputs["sha256_of_every_tenth"] = [make_vectors.digest(x.copy()) for x in frames[::10]]
-    outputs["sha256_of_all"] = make_vectors.digest(np.stack(frames))
-    outputs |= {"rewards": rewards, "terminated_at": ends[0], "truncated_at": ends[1]}
-    return outputs, {PICTURES: None}
+
+    def outputs(**others):
+        game = gym.make(env_id, **env_kwargs)
+        with wrappers(**others), patch.object(gym, "make", lambda _: game):
+            env = script.names["make_env"](env_id, 0, False, "")()
+        frames, rewards, ends = [np.moveaxis(env.reset(seed=1)[0], 0, -1)], [], [[], []]
+        for t, action in enumerate(actions):
+            obs, reward, *end, _ = env.step(action)
+            obs = env.reset()[0] if any(end) else obs
+            frames.append(np.moveaxis(obs, 0, -1))
+            rewards.append(int(reward))
+            for steps, x in zip(ends, end, strict=True):
+                steps.extend([t] * int(x))
+        env.close()
+        found = {"shape": frames[0].shape, "dtype": str(frames[0].dtype)}
+        found["sha256_of_every_tenth"] = [make_vectors.digest(x.copy()) for x in frames[::10]]
+        found["sha256_of_all"] = make_vectors.digest(np.stack(frames))
+        return found | {"rewards": rewards, "terminated_at": ends[0], "truncated_at": ends[1]}
+
+    small = {"ResizeObservation": SmallGrey, "GrayScaleObservation": lambda env: env}
+    stack = {"FrameStack": ZeroFilled}
+    undone = {SMALL: outputs(**small), FIRST: outputs(**stack)}
+    return outputs(), undone | {f"{FIRST}, {SMALL}": outputs(**small, **stack)}
 
 
 class Recorder:
@@ -377,7 +407,15 @@ def answers(folder):
     found = {name: bound(gae, ppo) for name in ("gae", "gae_lambda_0", "gae_lambda_1")}
     for name in ("gradient_clipping", "gradient_clipping_below"):
         found[name] = bound(gradient_clipping, ppo)
-    simple = [advantage_normalization, value_clipping, kl, clip_fraction, adam, annealing, iteration]
+    simple = [
+        advantage_normalization,
+        value_clipping,
+        kl,
+        clip_fraction,
+        adam,
+        annealing,
+        iteration,
+    ]
     found |= {function.__name__: bound(function, ppo) for function in simple}
     found |= {"loss_discrete": bound(loss, ppo), "loss_gaussian": bound(loss, continuous)}
     found |= {"entropy": bound(entropy, ppo, continuous), "orthogonal": bound(orthogonal, scripts)}

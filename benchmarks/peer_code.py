@@ -5,11 +5,23 @@ from unittest.mock import patch
 
 import torch
 
-# What a peer may do in another way than docs/vectors/; docs/make_check.py says what it means.
+# What peers do in another way than docs/vectors/; docs/make_check.py says what it means.
 DEVIATION = "sample deviation"
 LIMIT = "time limit"
 VALUE = "value loss"
-LATE = "iteration late"
+LATE = "schedule"
+STATISTICS = "statistics"
+SMALL = "small in colour"
+FIRST = "first frame"
+NORM = "norm"
+OFFSET = "epsilon"
+ENTROPY = "no bonus"
+K2 = "k2"
+CLIP = "clip fraction"
+AFTER = "place of the score"
+ADDED = "penalty"
+SCORES = "dead groups"
+FLOOR = "floor of groups"
 
 
 def does(statement, name):

@@ -12,6 +12,7 @@ import ale_py
 import gymnasium as gym
 import numpy as np
 import torch
+from peer_code import DEVIATION, LATE, VALUE, with_population_deviation
 from stable_baselines3 import PPO
 from stable_baselines3.common import distributions
 from stable_baselines3.common.atari_wrappers import AtariWrapper
@@ -21,7 +22,6 @@ from stable_baselines3.common.vec_env import DummyVecEnv, VecFrameStack, VecNorm
 from torch import nn
 
 import make_vectors
-from peer_code import DEVIATION, LATE, VALUE, with_population_deviation
 
 VERSION = metadata.version("stable-baselines3")
 BATCH = {"n_epochs": 1, "device": "cpu"}
@@ -39,14 +39,14 @@ class Rows(nn.Module):
         return torch.cat(list(self.tensors))[obs[:, 0].long()]
 
 
-def numbered(T, N):
+def numbered(*shape):
     """Observations [T, N, 1] that count from 0."""
-    return np.arange(T * N, dtype=np.float32).reshape(T, N, 1)
+    return np.arange(np.prod(shape), dtype=np.float32).reshape(*shape, 1)
 
 
-def streams(data, action_space, N):
-    makers = [functools.partial(make_vectors.Stream, data, i, action_space) for i in range(N)]
-    return DummyVecEnv(makers)
+def streams(data, action_space):
+    kind = functools.partial(make_vectors.Stream, data, action_space=action_space)
+    return DummyVecEnv([functools.partial(kind, i=i) for i in range(data["obs"].shape[1])])
 
 
 def model_of(env, policy="MlpPolicy", **settings):
@@ -55,10 +55,10 @@ def model_of(env, policy="MlpPolicy", **settings):
     return model
 
 
-def collected(model, T):
+def collected(model):
     """The buffer after a rollout."""
-    _, callback = model._setup_learn(T, None)
-    model.collect_rollouts(model.env, callback, model.rollout_buffer, T)
+    _, callback = model._setup_learn(model.n_steps, None)
+    model.collect_rollouts(model.env, callback, model.rollout_buffer, model.n_steps)
     return model.rollout_buffer
 
 
@@ -69,12 +69,12 @@ def gae(rewards, values, next_values, dones, gamma, gae_lambda):
     data = {"obs": numbered(T + 1, N), "final_obs": numbered(T, N) + (T + 1) * N}
     data |= {"rewards": np.asarray(rewards), "truncated": dones * (next_values != 0)}
     data["terminated"] = dones - data["truncated"]
-    env = streams(data, gym.spaces.Discrete(2), N)
+    env = streams(data, gym.spaces.Discrete(2))
     settings = {"gamma": gamma, "gae_lambda": gae_lambda, "n_steps": T, "batch_size": T * N}
     model = model_of(env, **settings, **TABLE)
     table = np.concatenate([values, next_values[-1:], next_values]).reshape(-1, 1)
     model.policy.action_net, model.policy.value_net = Rows(np.zeros((len(table), 2))), Rows(table)
-    return {"advantages": collected(model, T).advantages}, {}
+    return {"advantages": collected(model).advantages}, {}
 
 
 def trained(policy, value, space, columns, clip_vloss=True, norm_adv=True, log_std=None, **c):
@@ -90,7 +90,7 @@ def trained(policy, value, space, columns, clip_vloss=True, norm_adv=True, log_s
     coefficients["learning_rate"] = 0.0  # what the layers say stays as it is
     coefficients["max_grad_norm"] = c.get("max_grad_norm", np.inf)
     sizes = {"n_steps": M, "batch_size": M, "normalize_advantage": norm_adv and M > 1}
-    model = model_of(streams(data, space, 1), **coefficients, **sizes, **TABLE)
+    model = model_of(streams(data, space), **coefficients, **sizes, **TABLE)
     model.policy.action_net, model.policy.value_net = policy, value
     if log_std is not None:
         model.policy.log_std = nn.Parameter(torch.tensor(log_std, dtype=torch.float32))
@@ -228,19 +228,22 @@ def gradient_clipping(weight, bias, max_grad_norm):
     c = {"clip_coef": 1e9, "ent_coef": 0.0, "vf_coef": 0.5, "max_grad_norm": max_grad_norm}
     trained(Rows(np.zeros((M, 2))), value, gym.spaces.Discrete(2), columns, **c)
     found = [x.grad.numpy() for x in value.tensors]
-    return {"clipped_weight": found[0].reshape(np.shape(weight)), "clipped_bias": found[1][:, 0]}, {}
+    return {
+        "clipped_weight": found[0].reshape(np.shape(weight)),
+        "clipped_bias": found[1][:, 0],
+    }, {}
 
 
-def nothing(T, N, action_space):
-    """Environments in which nothing ever happens, T steps long."""
-    zeros = np.zeros((T, N))
-    data = {"obs": numbered(T + 1, N), "rewards": zeros, "terminated": zeros, "truncated": zeros}
-    return streams(data, action_space, N)
+def nothing(num_steps):
+    """An environment in which nothing ever happens, `num_steps` long."""
+    zeros = np.zeros((num_steps, 1))
+    data = {"obs": numbered(num_steps + 1, 1), "terminated": zeros, "truncated": zeros}
+    return streams(data | {"rewards": zeros}, gym.spaces.Discrete(2))
 
 
 def adam(parameters, gradients, learning_rate, **_):
     """The optimiser that its policy makes."""
-    policy = model_of(nothing(1, 1, gym.spaces.Discrete(2))).policy
+    policy = model_of(nothing(1)).policy
     before = torch.tensor(parameters, dtype=torch.float64)
     x, change = nn.Parameter(before.clone()), []
     optimizer = policy.optimizer_class([x], lr=learning_rate, **policy.optimizer_kwargs)
@@ -256,7 +259,7 @@ def annealing(learning_rate, clip_coef, ent_coef, num_iterations, iterations):
     rates = {"learning_rates": learning_rate, "clip_coefs": clip_coef}
     schedules = {name: LinearSchedule(x, 0.0, 1.0) for name, x in rates.items()}
     settings = dict(zip(("learning_rate", "clip_range"), schedules.values(), strict=True))
-    env = nothing(2 * num_iterations, 1, gym.spaces.Discrete(2))
+    env = nothing(2 * num_iterations)
     model = model_of(env, n_steps=2, batch_size=2, **settings)
     found, train = {name: [x(1.0)] for name, x in schedules.items()}, model.train
 
@@ -284,19 +287,25 @@ def ours(name, table):
     return None
 
 
+class Spaces(gym.Env):
+    """An environment for the shapes of a policy."""
+
+    def __init__(self, observation_space, action_space):
+        self.observation_space, self.action_space = observation_space, action_space
+
+
 def orthogonal(shapes):
-    numbers, pictures = gym.spaces.Box(-1, 1, (6,)), gym.spaces.Box(0, 255, (1, 1, 84, 84, 4))
-    obs = {"discrete": np.zeros((1, 1, 4), np.float32), "continuous": np.zeros((1, 1, 6))}
-    obs["atari"] = np.zeros(pictures.shape, np.uint8)
-    actions = {"discrete": gym.spaces.Discrete(2), "continuous": gym.spaces.Box(-1, 1, (3,))}
-    actions["atari"] = gym.spaces.Discrete(4)
+    numbers, pictures = gym.spaces.Box(-1, 1, (6,)), gym.spaces.Box(0, 255, (84, 84, 4), np.uint8)
+    kinds = {
+        "discrete": ("MlpPolicy", gym.spaces.Box(-1, 1, (4,)), gym.spaces.Discrete(2)),
+        "continuous": ("MlpPolicy", numbers, gym.spaces.Box(-1, 1, (3,))),
+        "atari": ("CnnPolicy", pictures, gym.spaces.Discrete(4)),
+    }
     found, biases = {}, 0.0
-    for kind, space in actions.items():
-        env = Pictures(space) if kind == "atari" else streams({"obs": obs[kind]}, space, 1)
-        table = CNN if kind == "atari" else NAMES | LAYERS
-        policy = model_of(env, "CnnPolicy" if kind == "atari" else "MlpPolicy").policy
-        for name, x in policy.named_parameters():
-            mine = ours(name, table)
+    for kind, (policy, *spaces) in kinds.items():
+        env = DummyVecEnv([functools.partial(Spaces, *spaces)])
+        for name, x in model_of(env, policy).policy.named_parameters():
+            mine = ours(name, CNN if kind == "atari" else NAMES | LAYERS)
             if mine and "weight" in name:
                 values = torch.linalg.svdvals(x.detach().flatten(1))
                 found[f"{kind}.{mine}"] = [values.min(), values.max()]
@@ -305,19 +314,10 @@ def orthogonal(shapes):
     return found | {"largest_bias": biases}, {}
 
 
-class Pictures(gym.Env):
-    """Of a game, for the shapes."""
-
-    observation_space = gym.spaces.Box(0, 255, (84, 84, 4), np.uint8)
-
-    def __init__(self, action_space):
-        self.action_space = action_space
-
-
 def normalization(gamma, **data):
     data = {name: np.asarray(x) for name, x in data.items()}
     N = data["rewards"].shape[1]
-    env = VecNormalize(streams(data, gym.spaces.Box(-1, 1, (1,)), N), gamma=gamma)
+    env = VecNormalize(streams(data, gym.spaces.Box(-1, 1, (1,))), gamma=gamma)
     seen, rewards, finals = [env.reset()], [], np.zeros(data["final_obs"].shape)
     for t in range(len(data["rewards"])):
         obs, reward, dones, infos = env.step(np.zeros((N, 1)))
@@ -362,7 +362,7 @@ def iteration(
     theirs = {"n_epochs": settings.pop("update_epochs"), "clip_range": settings.pop("clip_coef")}
     theirs |= {"batch_size": T * N // settings.pop("num_minibatches"), "n_steps": T}
     theirs |= {"clip_range_vf": theirs["clip_range"], "policy_kwargs": {"net_arch": [64, 64]}}
-    model = model_of(streams(data, gym.spaces.Discrete(3), N), **settings, **theirs)
+    model = model_of(streams(data, gym.spaces.Discrete(3)), **settings, **theirs)
     before = {}
     for name, parameter in model.policy.named_parameters():
         mine = ours(name, NAMES | LAYERS)
@@ -377,7 +377,7 @@ def iteration(
         return now, values, logprobs
 
     with patch.object(model.policy, "forward", act):
-        buffer = collected(model, T)
+        buffer = collected(model)
     columns = {"logprobs": buffer.log_probs, "values": buffer.values}
     columns |= {"advantages": buffer.advantages, "returns": buffer.returns}
     found = {name: x.ravel() for name, x in columns.items()}
