@@ -12,8 +12,10 @@ Writes peers.csv, a row for each output of a vector, and peers.json, where it co
 deviation  the largest one, divided by the largest number that is right (of texts: the share of
            wrong ones); inf where the shape is another one
 verdict    same: the deviation is no more than the vector's tolerance; else differs
-how, rest  what is done in another way, and the deviation that is left once this alone is undone;
-           rest is empty where it cannot be undone from outside
+how        what is done in another way, separated by commas
+alone      the deviation by each of these, the others undone
+rest       the deviation that is left once all of them are undone; both are empty where they cannot
+           be from outside
 """
 
 import csv
@@ -69,27 +71,40 @@ def rows_of(peer: str, version: str, name: str, function) -> list[dict]:
         if output not in outputs:
             continue
         found = deviation(plain(outputs[output]), expected)
+        right = found <= vector["tolerance"]
         row = {"peer": peer, "version": version, "vector": name, "output": output}
-        row |= {"verdict": "same" if found <= vector["tolerance"] else "differs"}
-        row |= {
-            "deviation": f"{found:.3g}",
-            "tolerance": vector["tolerance"],
-            "how": "",
-            "rest": "",
-        }
-        if row["verdict"] == "differs":
-            rests = {
-                how: np.inf if other is None else deviation(plain(other[output]), expected)
-                for how, other in undone.items()
-                if other is None or output in other
-            }
-            if rests:
-                left = {how: rest > vector["tolerance"] for how, rest in rests.items()}
-                row["how"] = min(rests, key=lambda how: (left[how], len(how), rests[how]))
-                rest = rests[row["how"]]
-                row["rest"] = f"{rest:.3g}" if np.isfinite(rest) else ""
+        row |= {"verdict": "same" if right else "differs", "deviation": f"{found:.3g}"}
+        row |= {"tolerance": vector["tolerance"], "how": "", "alone": "", "rest": ""}
+        if not right:
+            lefts = {frozenset(): found}
+            for how, other in undone.items():
+                if other is None or output in other:
+                    left = np.nan if other is None else deviation(plain(other[output]), expected)
+                    lefts[frozenset(how.split(", "))] = left
+            row |= explained(lefts, vector["tolerance"])
         rows.append(row)
     return rows
+
+
+def explained(lefts: dict[frozenset, float], tolerance: float) -> dict[str, str]:
+    """How, alone and rest, from the deviations that are left when some causes are undone.
+
+    The fewest causes that are enough; nan is left where they cannot be undone.
+    """
+
+    def order(causes):
+        enough = lefts[causes] <= tolerance or np.isnan(lefts[causes])
+        return not enough, len(causes), lefts[causes]
+
+    best = min((causes for causes in lefts if causes), key=order, default=frozenset())
+    if not best:
+        return {}
+    names, rest = sorted(best), lefts[best]
+    alone = [lefts.get(best - {name}, np.nan) for name in names]
+    row = {"how": ", ".join(names)}
+    if not np.isnan(rest):
+        row |= {"alone": ", ".join(f"{x:.3g}" for x in alone), "rest": f"{rest:.3g}"}
+    return row
 
 
 def trl_functions(python: Path):
@@ -136,6 +151,8 @@ def main(args: Args):
                 for row in found:
                     print(*(x for name, x in row.items() if name != "version" and x != ""))
                 rows += found
+    if not rows:
+        sys.exit("no peer is there")
     with open(folder / "peers.csv", "w") as file:
         writer = csv.DictWriter(file, rows[0], lineterminator="\n")
         writer.writeheader()

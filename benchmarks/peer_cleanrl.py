@@ -4,6 +4,7 @@
 has for each difference the outputs there would be without it, or None where that cannot be had.
 """
 
+import itertools
 import sys
 import types
 from pathlib import Path
@@ -16,7 +17,17 @@ import cv2
 import gymnasium as gym
 import numpy as np
 import torch
-from peer_code import DEVIATION, FIRST, LIMIT, SMALL, STATISTICS, run, with_population_deviation
+from peer_code import (
+    COUNTED,
+    DEVIATION,
+    FIRST,
+    LIMIT,
+    SMALL,
+    STATISTICS,
+    SUMS,
+    run,
+    with_population_deviation,
+)
 from torch import nn, optim
 
 import make_vectors
@@ -242,30 +253,68 @@ def wrappers(**others):
     return patch.multiple(gym.wrappers, create=True, **known | others)
 
 
+def formulas(causes, obs, final_obs, rewards, terminated, truncated, gamma):
+    """What the wrappers of Gymnasium ought to say, with those of three causes that are given."""
+    shape = (*rewards.shape, obs.shape[-1])
+    finals, scaled = np.zeros(shape), np.zeros(rewards.shape)
+
+    def moments(samples):
+        """As if there had been 1e-4 samples of mean 0 and variance 1 before."""
+        count, samples = len(samples) + 1e-4, np.array(samples)
+        mean = samples.sum(0) / count
+        return mean, (((samples - mean) ** 2).sum(0) + 1e-4 * (1 + mean**2)) / count
+
+    def normalized(x, mean, var):
+        return np.clip((x - mean) / np.sqrt(var + 1e-8), -10, 10)
+
+    N, ended = rewards.shape[1], terminated | truncated
+    groups = [[i] for i in range(N)] if STATISTICS in causes else [[*range(N)]]
+    seen = np.zeros((len(obs), *shape[1:]))
+    for group in groups:
+        told, returns, sums = list(obs[0, group]), [], np.zeros(len(group))
+        seen[0, group] = normalized(obs[0, group], *moments(told))
+        for t, reward in enumerate(rewards[:, group]):
+            last = final_obs[t, group][ended[t, group] == 1]
+            before = told + list(last if COUNTED in causes else obs[t + 1, group])
+            told += [*(last if COUNTED in causes else ()), *obs[t + 1, group]]
+            for i, x in zip(group, final_obs[t, group], strict=True):
+                finals[t, i] = normalized(x, *moments(before)) * ended[t, i]
+            seen[t + 1, group] = normalized(obs[t + 1, group], *moments(told))
+            goes_on = 1 - terminated[t, group] if SUMS in causes else 1
+            sums = sums * gamma * goes_on + reward
+            returns += list(sums)
+            scaled[t, group] = np.clip(reward / np.sqrt(moments(returns)[1] + 1e-8), -10, 10)
+            sums = sums * (1 if SUMS in causes else 1 - ended[t, group])
+    return {"normalized_obs": seen, "normalized_final_obs": finals, "normalized_rewards": scaled}
+
+
 def normalization(script, gamma, **data):
-    """The wrappers are Gymnasium's, those of the version that is installed."""
+    """The wrappers are Gymnasium's, those of the version that is installed.
+
+    Undone: less what `formulas` says of all causes, plus what it says without some of them.
+    """
     data = {name: np.asarray(x) for name, x in data.items()}
-    space, finals, rewards = gym.spaces.Box(-1, 1, (1,)), np.zeros((8, 2, 2)), []
-    envs = []
-    for i in range(2):
-        with (
-            wrappers(),
-            patch.object(gym, "make", lambda _, i=i: make_vectors.Stream(data, i, space)),
-        ):
+    space, envs = gym.spaces.Box(-1, 1, (1,)), []
+    T, N = data["rewards"].shape
+    for i in range(N):
+        stream = make_vectors.Stream(data, i, space)
+        with wrappers(), patch.object(gym, "make", lambda _, stream=stream: stream):
             envs.append(script.names["make_env"]("", i, False, "", gamma)())
-    seen = [[env.reset()[0] for env in envs]]
-    for t in range(8):
+    seen, rewards = [[env.reset()[0] for env in envs]], []
+    finals = np.zeros(data["final_obs"].shape)
+    for t in range(T):
         steps = [env.step(np.zeros(1)) for env in envs]
-        ended = [terminated or truncated for _, _, terminated, truncated, _ in steps]
-        for i in np.flatnonzero(ended):
-            finals[t, i] = steps[i][0]
-        now = [
-            env.reset()[0] if end else x[0] for env, end, x in zip(envs, ended, steps, strict=True)
-        ]
-        seen.append(now)
         rewards.append([x[1] for x in steps])
+        seen.append([x[0] for x in steps])
+        for i in np.flatnonzero(data["terminated"][t] | data["truncated"][t]):
+            finals[t, i], seen[-1][i] = steps[i][0], envs[i].reset()[0]
     found = {"normalized_obs": seen, "normalized_final_obs": finals, "normalized_rewards": rewards}
-    return found, {STATISTICS: None}
+    causes, undone = (STATISTICS, COUNTED, SUMS), {}
+    theirs = formulas(causes, gamma=gamma, **data)
+    for some in (x for n in (1, 2, 3) for x in itertools.combinations(causes, n)):
+        rest = formulas(set(causes) - set(some), gamma=gamma, **data)
+        undone[", ".join(some)] = {k: x - theirs[k] + rest[k] for k, x in found.items()}
+    return found, undone
 
 
 class SmallGrey(gym.ObservationWrapper):

@@ -4,6 +4,7 @@ FUNCTIONS has for each vector the function (inputs) -> (outputs, undone), where 
 each difference the outputs there would be without it, or None where that cannot be had.
 """
 
+import contextlib
 import functools
 from importlib import metadata
 from unittest.mock import patch
@@ -16,6 +17,7 @@ from peer_code import DEVIATION, LATE, VALUE, with_population_deviation
 from stable_baselines3 import PPO
 from stable_baselines3.common import distributions
 from stable_baselines3.common.atari_wrappers import AtariWrapper
+from stable_baselines3.common.buffers import RolloutBuffer
 from stable_baselines3.common.logger import Logger
 from stable_baselines3.common.utils import LinearSchedule
 from stable_baselines3.common.vec_env import DummyVecEnv, VecFrameStack, VecNormalize
@@ -24,7 +26,7 @@ from torch import nn
 import make_vectors
 
 VERSION = metadata.version("stable-baselines3")
-BATCH = {"n_epochs": 1, "device": "cpu"}
+DEFAULT = {"n_epochs": 1, "device": "cpu"}
 TABLE = {"policy_kwargs": {"net_arch": []}}  # no layers before those that are replaced
 
 
@@ -50,7 +52,7 @@ def streams(data, action_space):
 
 
 def model_of(env, policy="MlpPolicy", **settings):
-    model = PPO(policy, env, **BATCH | settings)
+    model = PPO(policy, env, **DEFAULT | settings)
     model.set_logger(Logger(None, []))
     return model
 
@@ -78,10 +80,7 @@ def gae(rewards, values, next_values, dones, gamma, gae_lambda):
 
 
 def trained(policy, value, space, columns, clip_vloss=True, norm_adv=True, log_std=None, **c):
-    """A PPO after one minibatch; policy and value are layers in place of the last ones.
-
-    A single sample cannot be normalized.
-    """
+    """A PPO after one minibatch; policy and value are layers in place of the last ones."""
     actions, logprobs, values, advantages, returns = map(np.asarray, columns)
     M = len(actions)
     data = {"obs": numbered(M + 1, 1)}
@@ -133,46 +132,59 @@ def minibatch(new_values, actions, logprobs, values, advantages, returns, **othe
     return found
 
 
-def larger_value_loss(new_values, values, returns, clip_coef):
-    """Half the larger of its losses with and without clipping, and the derivative, [M] each."""
-    losses, gradients = [], []
-    for new, value, target in zip(new_values, values, returns, strict=True):
-        sample = {"new_values": [new], "values": [value], "returns": [target]}
-        sample |= {"actions": [[0]], "logprobs": [0.0], "advantages": [0.0]}
-        sample |= {"logits": [[0.0, 0.0]], "nvec": [2]}
-        c = {"clip_coef": clip_coef, "ent_coef": 0.0, "vf_coef": 0.5}
-        tries = [minibatch(**sample, **c, clip_vloss=clipped) for clipped in (False, True)]
-        worse = max(tries, key=lambda x: x["value_loss"])
-        losses.append(worse["value_loss"] / 2)
-        gradients.append(worse["grad_new_values"].item())
-    return np.array(losses), np.array(gradients)
+@contextlib.contextmanager
+def with_larger_value_loss(clip_coef):
+    """A context in which a PPO that clips no values takes half the larger of its two losses."""
+    samples, of_buffer = [], RolloutBuffer._get_samples
+
+    def get_samples(*args, **kwargs):
+        samples.append(of_buffer(*args, **kwargs))
+        return samples[-1]
+
+    def mse_loss(returns, values):
+        old = samples[-1].old_values
+        near = old + (values - old).clamp(-clip_coef, clip_coef)
+        return torch.maximum((values - returns) ** 2, (near - returns) ** 2).mean() / 2
+
+    with (
+        patch.object(RolloutBuffer, "_get_samples", get_samples),
+        patch.object(nn.functional, "mse_loss", mse_loss),
+    ):
+        yield
 
 
-def loss(**inputs):
-    """Undone: the deviation is the population's; the larger half of the value losses counts."""
-    found = minibatch(**inputs)
+def all_ways(outputs, clip_coef):
+    """What `outputs(clip_vloss)` tells, as it is and with one or both of two things put right."""
+    undone = {}
     with with_population_deviation():
-        deviation = minibatch(**inputs)
-    names = ("new_values", "values", "returns", "clip_coef")
-    losses, gradients = larger_value_loss(**{name: inputs[name] for name in names})
-    value = {"value_loss": losses.mean()}
-    value["grad_new_values"] = inputs["vf_coef"] * gradients / len(gradients)
-    total = deviation["policy_loss"] + inputs["vf_coef"] * value["value_loss"]
-    both = {"loss": total - inputs["ent_coef"] * found["entropy"]}
-    return found, {DEVIATION: deviation, VALUE: value, f"{DEVIATION}, {VALUE}": both}
+        undone[DEVIATION] = outputs(True)
+        with with_larger_value_loss(clip_coef):
+            undone[f"{DEVIATION}, {VALUE}"] = outputs(False)
+    with with_larger_value_loss(clip_coef):
+        undone[VALUE] = outputs(False)
+    return outputs(True), undone
+
+
+def loss(clip_vloss, **inputs):
+    assert clip_vloss
+    return all_ways(lambda clips: minibatch(clip_vloss=clips, **inputs), inputs["clip_coef"])
 
 
 def value_clipping(new_values, values, returns, clip_coef):
-    found = []
-    for sample in zip(new_values, values, returns, strict=True):
-        new, value, target = np.reshape(sample, (3, 1))
-        columns = np.zeros(1), np.zeros(1), value, np.zeros(1), target
-        c = {"clip_coef": clip_coef, "ent_coef": 0.0, "vf_coef": 0.5}
-        layers = Rows(np.zeros((1, 2))), Rows(new[:, None])
-        model = trained(*layers, gym.spaces.Discrete(2), columns, **c)
-        found.append(model.logger.name_to_value["train/value_loss"])
-    undone = larger_value_loss(new_values, values, returns, clip_coef)[0]
-    return {"value_losses": found}, {VALUE: {"value_losses": undone}}
+    def outputs(clip_vloss):
+        found = []
+        for sample in zip(new_values, values, returns, strict=True):
+            new, value, target = np.reshape(sample, (3, 1))
+            columns = np.zeros(1), np.zeros(1), value, np.zeros(1), target
+            c = {"clip_coef": clip_coef, "clip_vloss": clip_vloss, "ent_coef": 0.0, "vf_coef": 0.5}
+            layers = Rows(np.zeros((1, 2))), Rows(new[:, None])
+            model = trained(*layers, gym.spaces.Discrete(2), columns, **c)
+            found.append(model.logger.name_to_value["train/value_loss"])
+        return {"value_losses": found}
+
+    with with_larger_value_loss(clip_coef):
+        undone = outputs(False)
+    return outputs(True), {VALUE: undone}
 
 
 def of_logprobs(new_logprobs, logprobs, advantages=None, clip_coef=0.2, **settings):
@@ -351,43 +363,44 @@ def atari(env_id, env_kwargs, noops, actions):
     return found | {"rewards": rewards, "terminated_at": ends[0], "truncated_at": ends[1]}, {}
 
 
-def iteration(
-    obs, final_obs, rewards, terminated, truncated, actions, permutations, shapes, **settings
-):
+def iteration(obs, final_obs, actions, permutations, shapes, clip_coef, **others):
     """Its samples go environment by environment, ours step by step."""
     data = {"obs": np.asarray(obs, np.float32), "final_obs": np.asarray(final_obs, np.float32)}
-    data |= {"terminated": terminated, "truncated": truncated, "rewards": rewards}
-    data = {name: np.asarray(x) for name, x in data.items()}
+    for name in ("rewards", "terminated", "truncated"):
+        data[name] = np.asarray(others.pop(name))
     T, N = np.shape(actions)
-    theirs = {"n_epochs": settings.pop("update_epochs"), "clip_range": settings.pop("clip_coef")}
-    theirs |= {"batch_size": T * N // settings.pop("num_minibatches"), "n_steps": T}
-    theirs |= {"clip_range_vf": theirs["clip_range"], "policy_kwargs": {"net_arch": [64, 64]}}
-    model = model_of(streams(data, gym.spaces.Discrete(3)), **settings, **theirs)
-    before = {}
-    for name, parameter in model.policy.named_parameters():
-        mine = ours(name, NAMES | LAYERS)
-        values = make_vectors.parameter_values(tuple(shapes[mine]))
-        parameter.data.copy_(torch.tensor(values))
-        before[mine] = parameter, parameter.detach().clone()
-    given = iter(torch.tensor(actions))
+    settings = {"n_epochs": others.pop("update_epochs"), "clip_range": clip_coef, "n_steps": T}
+    settings |= {"batch_size": T * N // others.pop("num_minibatches")} | others
+    orders = np.asarray(permutations) % N * T + np.asarray(permutations) // N
 
-    def act(seen):
-        now = next(given)
-        values, logprobs, _ = model.policy.evaluate_actions(seen, now)
-        return now, values, logprobs
+    def outputs(clip_vloss):
+        env = streams(data, gym.spaces.Discrete(3))
+        clip = clip_coef if clip_vloss else None
+        model = model_of(env, clip_range_vf=clip, **settings)
+        before, given, given_orders = {}, iter(torch.tensor(actions)), iter(orders)
+        for name, parameter in model.policy.named_parameters():
+            mine = ours(name, NAMES | LAYERS)
+            parameter.data.copy_(torch.tensor(make_vectors.parameter_values(tuple(shapes[mine]))))
+            before[mine] = parameter, parameter.detach().clone()
 
-    with patch.object(model.policy, "forward", act):
-        buffer = collected(model)
-    columns = {"logprobs": buffer.log_probs, "values": buffer.values}
-    columns |= {"advantages": buffer.advantages, "returns": buffer.returns}
-    found = {name: x.ravel() for name, x in columns.items()}
-    orders = iter(np.asarray(permutations) % N * T + np.asarray(permutations) // N)
-    with patch.object(np.random, "permutation", lambda _: next(orders)):
-        model.train()
-    for name, (parameter, start) in before.items():
-        change = (parameter.detach().double() - start).flatten()
-        found[f"change of {name}"] = [change.norm(), change.sum(), *change[:8]]
-    return found, {f"{DEVIATION}, {VALUE}": None}
+        def act(seen):
+            now = next(given)
+            values, logprobs, _ = model.policy.evaluate_actions(seen, now)
+            return now, values, logprobs
+
+        with patch.object(model.policy, "forward", act):
+            buffer = collected(model)
+        columns = {"logprobs": buffer.log_probs, "values": buffer.values}
+        columns |= {"advantages": buffer.advantages, "returns": buffer.returns}
+        found = {name: x.ravel() for name, x in columns.items()}
+        with patch.object(np.random, "permutation", lambda _: next(given_orders)):
+            model.train()
+        for name, (parameter, start) in before.items():
+            change = (parameter.detach().double() - start).flatten()
+            found[f"change of {name}"] = [change.norm(), change.sum(), *change[:8]]
+        return found
+
+    return all_ways(outputs, clip_coef)
 
 
 FUNCTIONS = {name: gae for name in ("gae", "gae_lambda_0", "gae_lambda_1")}

@@ -8,6 +8,7 @@ under "version" that of TRL.
 """
 
 import inspect
+import itertools
 import json
 import sys
 import warnings
@@ -277,30 +278,25 @@ def entropy(logits, **_):
 
 
 def group_advantages(outcomes, scores, group_size, norm_adv):
-    """Undone: where scores are the same, so are outcomes; and 1e-8 in place of 1e-4."""
-    kind = "group" if norm_adv else "none"
+    """Undone: where scores are the same, so are outcomes; the population's deviation; 1e-8."""
+    rewards, groups = tensor(outcomes), tensor(scores).view(-1, group_size)
+    equal = (groups == groups[:, :1]).all(1).repeat_interleave(group_size)
 
-    def outputs(rewards):
-        names = {"rewards": tensor(rewards), "num_generations": group_size}
-        names["self"] = SimpleNamespace(scale_rewards=kind)
+    def outputs(*undone):
+        told = torch.where(equal, 0.0, rewards) if SCORES in undone else rewards
+        trainer = SimpleNamespace(scale_rewards="group" if norm_adv else "none")
+        names = {"rewards": told, "num_generations": group_size, "self": trainer}
         names = run(GRPO, vars(utils) | names, "mean_grouped_rewards", "is_std_zero")
-        share = names["is_std_zero"].double().mean()
-        return names | {"dead_groups": share}
+        std, advantages = names["std_rewards"], names["advantages"]
+        factor = ((group_size - 1) / group_size) ** 0.5 if DEVIATION in undone else 1.0
+        if norm_adv:
+            advantages = advantages * (std + 1e-4)
+            advantages = advantages / (factor * std + (1e-8 if FLOOR in undone else 1e-4))
+        return {"advantages": advantages, "dead_groups": names["is_std_zero"].double().mean()}
 
-    def of_scores(rewards, scores):
-        rewards, scores = tensor(rewards), tensor(scores)
-        groups = scores.view(-1, group_size)
-        equal = (groups == groups[:, :1]).all(1).repeat_interleave(group_size)
-        return torch.where(equal, 0.0, rewards).tolist()
-
-    names = ("advantages", "dead_groups")
-    as_is, apart = outputs(outcomes), outputs(of_scores(outcomes, scores))
-    found, undone = {name: as_is[name] for name in names}, {}
-    std = apart["std_rewards"] * ((group_size - 1) / group_size) ** 0.5
-    for how, floor in ((f"{DEVIATION}, {SCORES}", 1e-4), (f"{DEVIATION}, {FLOOR}, {SCORES}", 1e-8)):
-        scale = (apart["std_rewards"] + 1e-4) / (std + floor)
-        undone[how] = {"advantages": apart["advantages"] * (scale if norm_adv else 1.0)}
-    return found, {SCORES: {name: apart[name] for name in names}} | undone
+    causes = DEVIATION, FLOOR, SCORES
+    some = [x for n in (1, 2, 3) for x in itertools.combinations(causes, n)]
+    return outputs(), {", ".join(x): outputs(*x) for x in some}
 
 
 FUNCTIONS = {name: gae for name in ("gae", "gae_lambda_0", "gae_lambda_1")}

@@ -3,6 +3,8 @@
 python docs/make_check.py
 """
 
+import json
+import math
 import re
 import textwrap
 
@@ -38,12 +40,16 @@ MEANS = {
     " None by default, which clips nothing.",
     "schedule": "Schedules are asked after the steps of the rollout are counted: the first update"
     " is already an iteration down, and the last one has a learning rate and a clip range of 0.",
-    "statistics": "Wrappers of Gymnasium inside each environment: each normalizes by statistics of"
-    " its own, so that with several the same state looks different in each. By default there is"
-    " one. The wrappers are those of the Gymnasium that is installed, later than CleanRL's.",
+    "statistics": "Each environment normalizes by statistics of its own: with several, the same"
+    " state looks different in each. By default there is one. The wrappers are Gymnasium's, of a"
+    " later version than CleanRL's.",
+    "last observations": "The last observation of an episode counts in the statistics, which the"
+    " agent never acts on.",
+    "returns": "The discounted sum of rewards, whose variance rewards are divided by, begins anew"
+    " with the last reward of an episode, not after it, and runs on across a time limit.",
     "small in colour": "Pictures are made small before they are made grey, and so are rounded at"
     " another place. Rewards and ends are the same.",
-    "first frame": "At the start of an episode all frames of the stack are the first one, not 0.",
+    "first frame": "At the start of an episode all frames of the stack are its first one, not 0.",
     "norm": "The lines of `PPOTrainer.train` step right after `backward`, whatever"
     " `max_grad_norm` is; DeepSpeed, which clips by itself, was not tried. One bad batch moves the"
     " moments of Adam by all of its gradient.",
@@ -68,44 +74,42 @@ MEANS = {
 
 
 def causes(row):
-    return row["how"].split(", ") if row["how"] else []
+    """{cause: how far off it alone is}; all of the deviation where nobody knows."""
+    names = row["how"].split(", ") if row["how"] else []
+    alone = row["alone"].split(", ") if row["alone"] else [row["deviation"] for _ in names]
+    return {name: float(x) for name, x in zip(names, alone, strict=True)}
 
 
 def cell(peer, vector, rows, numbers):
-    """What a peer says to a vector; of some outputs only, their names."""
+    """What a peer says to a vector, and to how many of its outputs."""
     own = [row for row in rows if (row["peer"], row["vector"]) == (peer, vector)]
     if not own:
         return "not run" if vector in NOT_RUN[peer] else "not there"
+    every = len(json.loads((DOCS / "vectors" / f"{vector}.json").read_text())["outputs"])
+    some = f", {len(own)} of {every}" if len(own) < every else ""
     differs = [row for row in own if row["verdict"] == "differs"]
     if not differs:
-        return "same"
+        return "same" + some
     found = sorted({numbers[cause] for row in differs for cause in causes(row)})
-    same = [row["output"] for row in own if row["verdict"] == "same"]
-    return f"differs ({', '.join(map(str, found))})" + (", else same" if same else "")
-
-
-def share(number):
-    """Of the largest number of an array, in percent."""
-    return f"{100 * float(number):.3g} %"
+    also = ", else same" if len(differs) < len(own) else ""
+    return f"differs ({', '.join(map(str, found))}){also}{some}"
 
 
 def sentence(cause, rows):
     """What it means, whose it is and how far off it is."""
     own = [row for row in rows if cause in causes(row)]
-    alone = [row for row in own if causes(row) == [cause]]
     names = [peer for peer in PEERS if any(row["peer"] == peer for row in own)]
-    worst = max(alone or own, key=lambda row: float(row["deviation"]))
+    worst = max(own, key=lambda row: causes(row)[cause])
     where = f"`{worst['output']}` of {worst['vector']}"
-    text = f"{', '.join(names)}: {MEANS[cause]}"
-    if worst["vector"].startswith("atari_"):
-        text += f" {share(worst['deviation'])} of the frames in {where} are others"
+    off = f"{100 * causes(worst)[cause]:.3g} %"
+    text = f"{', '.join(names)}: {MEANS[cause]} "
+    if "sha256" in worst["output"]:
+        text += f"{off} of {where} are others"
     else:
-        text += f" Off by up to {share(worst['deviation'])}, {where}"
+        text += f"Off by up to {off}, {where}"
     rests = [float(row["rest"]) for row in own if row["rest"]]
-    others = "" if alone else ", with what else differs there"
-    if not rests:
-        return f"{text}{others}."
-    return f"{text}{others}; by {max(rests):.0e} at most once that is undone."
+    left = f"less than 1e-{-math.floor(math.log10(max(rests))) - 1}" if any(rests) else "nothing"
+    return f"{text}; put right, {left} is left." if rests else f"{text}."
 
 
 def others():
