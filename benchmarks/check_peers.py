@@ -14,8 +14,7 @@ deviation  the largest one, divided by the largest number that is right (of text
 verdict    same: the deviation is no more than the vector's tolerance; else differs
 how        what is done in another way, separated by commas
 alone      the deviation by each of these, the others undone
-rest       the deviation that is left once all of them are undone; both are empty where they cannot
-           be from outside
+rest       the deviation that is left once all of them are undone
 """
 
 import csv
@@ -78,8 +77,8 @@ def rows_of(peer: str, version: str, name: str, function) -> list[dict]:
         if not right:
             lefts = {frozenset(): found}
             for how, other in undone.items():
-                if other is None or output in other:
-                    left = np.nan if other is None else deviation(plain(other[output]), expected)
+                if output in other:
+                    left = deviation(plain(other[output]), expected)
                     lefts[frozenset(how.split(", "))] = left
             row |= explained(lefts, vector["tolerance"])
         rows.append(row)
@@ -89,22 +88,19 @@ def rows_of(peer: str, version: str, name: str, function) -> list[dict]:
 def explained(lefts: dict[frozenset, float], tolerance: float) -> dict[str, str]:
     """How, alone and rest, from the deviations that are left when some causes are undone.
 
-    The fewest causes that are enough; nan is left where they cannot be undone.
+    The fewest causes that are enough, or those that leave least.
     """
 
     def order(causes):
-        enough = lefts[causes] <= tolerance or np.isnan(lefts[causes])
-        return not enough, len(causes), lefts[causes]
+        return lefts[causes] > tolerance, len(causes), lefts[causes]
 
     best = min((causes for causes in lefts if causes), key=order, default=frozenset())
     if not best:
         return {}
-    names, rest = sorted(best), lefts[best]
+    names = sorted(best)
     alone = [lefts.get(best - {name}, np.nan) for name in names]
-    row = {"how": ", ".join(names)}
-    if not np.isnan(rest):
-        row |= {"alone": ", ".join(f"{x:.3g}" for x in alone), "rest": f"{rest:.3g}"}
-    return row
+    alone = ", ".join(f"{x:.3g}" for x in alone)
+    return {"how": ", ".join(names), "alone": alone, "rest": f"{lefts[best]:.3g}"}
 
 
 def trl_functions(python: Path):
@@ -140,6 +136,7 @@ def peers(args: Args):
 
 def main(args: Args):
     folder, rows, versions = results_folder(args.out), [], {}
+    commit = commit_of(ROOT)
     torch.set_num_threads(1)
     for peer, version, functions in peers(args):
         versions[peer] = version
@@ -158,7 +155,7 @@ def main(args: Args):
         writer.writeheader()
         writer.writerows(rows)
     origin = {"command": without_paths(sys.argv), "date": datetime.date.today().isoformat()}
-    origin |= machine() | {"peers": versions, "commit": commit_of(ROOT)}
+    origin |= machine() | {"peers": versions, "commit": commit}
     (folder / "peers.json").write_text(json.dumps(origin, indent=2) + "\n")
 
 

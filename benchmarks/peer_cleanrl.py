@@ -1,7 +1,7 @@
 """What the code of CleanRL says to docs/vectors/: its own lines and classes, out of a clone.
 
 `answers(folder)` gives for each vector the function (inputs) -> (outputs, undone), where `undone`
-has for each difference the outputs there would be without it, or None where that cannot be had.
+has for differences, separated by commas, the outputs there would be without them.
 """
 
 import itertools
@@ -94,7 +94,7 @@ def agent_of(script, new_values, **tables):
     return agent
 
 
-STATISTICS_OF = {
+LOGGED = {
     "new_logprobs": "newlogprob",
     "loss": "loss",
     "policy_loss": "pg_loss",
@@ -118,7 +118,7 @@ def loss(script, new_values, actions, **columns):
             tables["actor_logstd"] = tensors["log_std"][None]
         names = minibatch(script, agent_of(script, new, **tables), taken, **columns)
         names["loss"].backward()
-        found = {ours: names[theirs].detach() for ours, theirs in STATISTICS_OF.items()}
+        found = {ours: names[theirs].detach() for ours, theirs in LOGGED.items()}
         gradients = {f"grad_{k}": x.grad for k, x in tensors.items()} | {
             "grad_new_values": new.grad
         }
@@ -379,7 +379,7 @@ class Recorder:
 
     def zero_grad(self):
         self.optimizer.zero_grad()
-        found = {ours: self.names[STATISTICS_OF[ours]].item() for ours in list(STATISTICS_OF)[1:]}
+        found = {ours: self.names[LOGGED[ours]].item() for ours in list(LOGGED)[1:]}
         self.found.append(found | {"clipfrac": self.names["clipfracs"][-1]})
 
     def step(self):

@@ -1,7 +1,7 @@
 """What Stable-Baselines3 says to docs/vectors/: its PPO, buffer, distributions and wrappers.
 
 FUNCTIONS has for each vector the function (inputs) -> (outputs, undone), where `undone` has for
-each difference the outputs there would be without it, or None where that cannot be had.
+differences, separated by commas, the outputs there would be without them.
 """
 
 import contextlib

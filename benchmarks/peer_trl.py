@@ -3,8 +3,8 @@
     PYTHON benchmarks/peer_trl.py docs/vectors ANSWERS.json
 
 PYTHON is that of an environment with pip install torch==2.13.0 trl==1.9.0. Writes for each vector
-[outputs, undone], where `undone` has for each difference the outputs there would be without it, and
-under "version" that of TRL.
+[outputs, undone], where `undone` has for differences, separated by commas, the outputs there would be
+without them, and under "version" that of TRL.
 """
 
 import inspect
@@ -26,7 +26,7 @@ from trl.experimental.ppo import PPOConfig, ppo_trainer  # noqa: E402
 from trl.trainer import utils  # noqa: E402
 
 PPO = inspect.getsource(ppo_trainer)
-GRPO = Path(utils.__file__).with_name("grpo_trainer.py").read_text()  # importing it takes vLLM's
+GRPO = Path(utils.__file__).with_name("grpo_trainer.py").read_text()  # importing it takes requests
 
 
 def tensor(x, grad=False):
@@ -105,7 +105,7 @@ def minibatch(head, new_values, actions, logprobs, values, advantages, returns, 
 def loss(logits, new_values, actions, advantages, **others):
     """Advantages are whitened before, as it does for a batch.
 
-    Undone: as told by whom; the bonus is subtracted by hand, and k3 is that of its own rewards.
+    Undone: the bonus is subtracted; k3 is that of its rewards; both sides of the range count.
     """
     ent_coef, mask = others["ent_coef"], torch.ones(len(actions))
 

@@ -30,8 +30,9 @@ NOT_RUN = {
 # What `how` of peers.csv means.
 MEANS = {
     "sample deviation": "Divided by the sample's standard deviation, M - 1, in place of the"
-    " population's. Advantages are smaller by the root of (M - 1) / M: 6.5 % for eight, 0.8 % for"
-    " 64. The gradient of the policy is, too, and so it counts less beside value and entropy.",
+    " population's. Advantages are smaller by the root of (M - 1) / M: 13 % for four, 6.5 % for"
+    " eight, 0.8 % for 64. The gradient of the policy is, too, and so it counts less beside value"
+    " and entropy.",
     "time limit": "A time limit is taken for an end: nothing is added for what would have come. The"
     " same state is worth less the nearer the limit is, which an observation does not show.",
     "value loss": "The loss is the square of the value after clipping, not the larger of both, and"
@@ -41,8 +42,8 @@ MEANS = {
     "schedule": "Schedules are asked after the steps of the rollout are counted: the first update"
     " is already an iteration down, and the last one has a learning rate and a clip range of 0.",
     "statistics": "Each environment normalizes by statistics of its own: with several, the same"
-    " state looks different in each. By default there is one. The wrappers are Gymnasium's, of a"
-    " later version than CleanRL's.",
+    " state looks different in each. By default there is one. The wrappers are those of the"
+    " Gymnasium named below, for pictures stand-ins of the same; CleanRL asks for 0.29.1.",
     "last observations": "The last observation of an episode counts in the statistics, which the"
     " agent never acts on.",
     "returns": "The discounted sum of rewards, whose variance rewards are divided by, begins anew"
@@ -58,8 +59,8 @@ MEANS = {
     "no bonus": "The loss has no entropy bonus; `entropy` is only logged.",
     "k2": "What is logged as the approximate KL is k2, half the mean square of the log-ratio, not"
     " k3. Its figures and thresholds are not those of others.",
-    "clip fraction": "Counted where clipping makes the loss larger, and so on the side to which the"
-    " advantage points. Figures are about half as large.",
+    "clip fraction": "The clip fraction counts where clipping makes the loss larger, and so only"
+    " the side to which the advantage points. Figures are about half as large.",
     "place of the score": "The score is on the token after the last one, unless the response is as"
     " long as it can be. It reaches the others through one more step of gamma and lambda, which are"
     " 1 and 0.95 by default.",
@@ -74,10 +75,11 @@ MEANS = {
 
 
 def causes(row):
-    """{cause: how far off it alone is}; all of the deviation where nobody knows."""
-    names = row["how"].split(", ") if row["how"] else []
-    alone = row["alone"].split(", ") if row["alone"] else [row["deviation"] for _ in names]
-    return {name: float(x) for name, x in zip(names, alone, strict=True)}
+    """{cause: how far off it alone is}"""
+    if not row["how"]:
+        return {}
+    names, alone = row["how"].split(", "), map(float, row["alone"].split(", "))
+    return dict(zip(names, alone, strict=True))
 
 
 def cell(peer, vector, rows, numbers):
@@ -107,9 +109,9 @@ def sentence(cause, rows):
         text += f"{off} of {where} are others"
     else:
         text += f"Off by up to {off}, {where}"
-    rests = [float(row["rest"]) for row in own if row["rest"]]
-    left = f"less than 1e-{-math.floor(math.log10(max(rests))) - 1}" if any(rests) else "nothing"
-    return f"{text}; put right, {left} is left." if rests else f"{text}."
+    rest = max(float(row["rest"]) for row in own)
+    left = f"less than 1e{math.floor(math.log10(rest)) + 1}" if rest else "nothing"
+    return f"{text}; put right, {left} is left."
 
 
 def others():

@@ -162,7 +162,7 @@ def test_the_fewest_causes_that_are_enough():
     found = explained(none=0.5, a=0.2, b=0.3, ab=1e-7)
     assert found == {"how": "a, b", "alone": "0.3, 0.2", "rest": "1e-07"}
     assert explained(none=0.5, a=0.5, b=1e-7, ab=0.0)["how"] == "b"
-    assert explained(none=0.5, a=np.nan) == {"how": "a"}
+    assert explained(none=0.5, a=0.3, b=0.2)["how"] == "b"
 
 
 SOURCE = """
