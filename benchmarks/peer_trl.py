@@ -3,8 +3,8 @@
     PYTHON benchmarks/peer_trl.py docs/vectors ANSWERS.json
 
 PYTHON is that of an environment with pip install torch==2.13.0 trl==1.9.0. Writes for each vector
-[outputs, undone], where `undone` has for differences, separated by commas, the outputs there would be
-without them, and under "version" that of TRL.
+[outputs, undone], where `undone` has for differences, separated by commas, the outputs there would
+be without them, and under "version" that of TRL.
 """
 
 import inspect
