@@ -90,11 +90,13 @@ def critic(groups):
         if not runs:
             continue
         lines += [f"### {title[0].upper()}{title[1:]}", ""]
-        body = [("", f"{words}, before", "after", "proxy", "KL", "length", *COSTS)]
+        shown = {"proxy": "proxy", "kl": "KL", "length": "length"}
+        shown = {name: "after"} | {k: v for k, v in shown.items() if k != name}
+        body = [("", f"{words}, before", *shown.values(), *COSTS)]
         for method, group in runs.items():
             metrics = [x for _, x in group]
             cells = [interval([x[f"eval/sft/{name}"][-1] for x in metrics])]
-            for column in (name, "proxy", "kl", "length"):
+            for column in shown:
                 cells.append(interval([x[f"eval/ppo/{column}"][-1] for x in metrics]))
             cells += [f"{group[0][1]['ppo/episode'][-1]:,.0f}"]
             cells += [f"{np.median([tokens(*run) for run in group]):,.0f}"]
