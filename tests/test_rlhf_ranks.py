@@ -333,6 +333,7 @@ def test_x2_ranks_are_as_one_process(runs, ranks, how):
 def test_x2_ranks_divide_groups(runs, how):
     """[X7] 36 responses in groups of 6, those of a group on both ranks; there is no value model."""
     groups = ["--group-size", "6", "--loss-mean", "response", "--kl-in", "loss"]
+    groups += ["--no-whiten-rewards"]
     one, two = runs(0, *SORT, *groups), runs(2, *SORT, *groups, *how)
     assert same(one, two)
     assert {*saved(two.folder)["models"]} == {"policy", "reference"}
