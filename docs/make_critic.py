@@ -134,10 +134,11 @@ def failures(groups):
     with open(FAILURES) as file:
         rows = list(csv.DictReader(file))
     facts = json.loads(FAILURES.with_suffix(".json").read_text())
-    body = [("what was provoked", "by", "metric", "first", "last", "last, unchanged")]
+    body = [("what was provoked", "by", "metric", "first", "lowest", "last", "last, unchanged")]
     for name, case in facts["cases"].items():
         group = [row for row in rows if row["case"] == name]
-        means = [np.mean([float(x["value"]) for x in part]) for part in (group[:5], group[-5:])]
+        values = np.array([float(row["value"]) for row in group])
+        means = [values[:5].mean(), values.min(), values[-5:].mean()]
         other = [float(row["unchanged"]) for row in group[-5:] if row["unchanged"]]
         how = f"`{case['flags']}`" if case["flags"] else f"`{case['line'][1]}`"
         cells = [f"{x:.2f}" for x in means] + [f"{np.mean(other):.2f}" if other else ""]
