@@ -327,6 +327,7 @@ def test_prompts_are_left_padded_to_the_same_column():
     assert torch.equal(both[:, :10], tokens)
     assert torch.equal(rlhf.write_texts(task, rows), tokens)
     assert both[2, 10:].tolist() == [WORDS[word] for word in ("sort", "9", "8", "7")]
+    assert rlhf.write_texts(task, rows, None).shape == (3, 10 + 8 + 1)  # the longest and EOS
 
 
 def test_texts_end_in_one_eos_unless_cut_off():
