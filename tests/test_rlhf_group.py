@@ -144,6 +144,16 @@ def test_x7_loss_is_that_of_numpy(by_response, kl_coef):
     assert stats["loss/policy"].item() == pytest.approx(one_mean, rel=1e-12)  # without the KL
 
 
+def test_x7_the_kl_in_the_loss_is_not_computed_where_it_does_not_count():
+    """For a reference a token is e^1000 times as likely: 0 times infinity would be no number."""
+    agent = new_agent(group_size=2, rm_coef=0.0)
+    batch = random_batch_of(agent, random_tokens([4, 4], [1, 3]))
+    expected, _ = gradient(agent, batch)
+    batch[5] = batch[5] + 1000.0
+    gradients, _ = gradient(agent, batch)
+    assert same(gradients, expected)
+
+
 def test_x7_mean_of_tokens_or_of_responses():
     """Advantages 1 for one token, -1 for three: -1/2 in the mean of tokens, 0 of responses."""
     agent = new_agent(group_size=2, rm_coef=0.0)
