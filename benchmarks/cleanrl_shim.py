@@ -4,11 +4,20 @@
 
 Gives Gymnasium the names, signatures and same-step autoreset that the script expects, and takes its
 scalars as runs/{run name}/metrics.csv in the columns of ours, global_step,time,name,value, in place
-of TensorBoard's files. Of LeanRL, which logs every tenth iteration to Weights & Biases, it takes
-the steps and the time at the end of each iteration, where its progress bar goes on.
+of TensorBoard's files, and its hyperparameters as config.json. Of LeanRL, which logs every tenth
+iteration to Weights & Biases, it takes the steps and the time at the end of each iteration, where
+its progress bar goes on.
 """
 
+import ast
+import contextlib
+import hashlib
+import json
+import os
+import platform
 import runpy
+import shlex
+import subprocess
 import sys
 import time
 import types
@@ -19,7 +28,7 @@ import ale_py
 import cv2
 import gymnasium as gym
 import numpy as np
-import torch  # noqa: F401  it uses the true tqdm
+import torch
 import tqdm
 
 
@@ -27,8 +36,9 @@ class SummaryWriter:
     """Stands in for torch.utils.tensorboard's; `time` is in seconds since its construction."""
 
     def __init__(self, folder):
-        Path(folder).mkdir(parents=True)
-        self.file = open(Path(folder) / "metrics.csv", "w")
+        self.folder = Path(folder)
+        self.folder.mkdir(parents=True)
+        self.file = open(self.folder / "metrics.csv", "w")
         self.file.write("global_step,time,name,value\n")
         self.start_time = time.time()
 
@@ -37,7 +47,23 @@ class SummaryWriter:
         self.file.write(f"{step},{seconds:.3f},{name},{float(value)!r}\n")
 
     def add_text(self, name, text):
-        """The hyperparameters; not needed."""
+        """The hyperparameters, a table in Markdown: to config.json, with what ours has there."""
+        script = Path(sys.argv[0]).resolve()
+        rows = (line.strip("|").split("|") for line in text.splitlines()[2:])
+        config = dict(rows)
+        for key, text_of_value in config.items():
+            with contextlib.suppress(ValueError, SyntaxError):  # a string such as CartPole-v1
+                config[key] = ast.literal_eval(text_of_value)
+        git = ["git", "-C", str(script.parent), "rev-parse", "HEAD"]
+        found = subprocess.run(git, check=False, capture_output=True, text=True)
+        config["git_commit"] = found.stdout.strip()
+        config["script_sha256"] = hashlib.sha256(script.read_bytes()).hexdigest()
+        command = ["benchmarks/cleanrl_shim.py", f"CLONE/cleanrl/{script.name}", *sys.argv[1:]]
+        config |= {"program": "CleanRL", "command": shlex.join(command), "device": "cpu"}
+        config |= {"cpus": os.cpu_count(), "torch_threads": torch.get_num_threads()}
+        config["versions"] = {"python": platform.python_version(), "torch": torch.__version__}
+        config["versions"] |= {"gymnasium": gym.__version__, "numpy": np.__version__}
+        (self.folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
     def close(self):
         self.file.close()

@@ -1,6 +1,7 @@
 """What benchmarks/ measures, on numbers done by hand."""
 
 import csv
+import hashlib
 import importlib
 import json
 import os
@@ -108,6 +109,24 @@ def test_shim_writes_the_columns_of_our_metrics():
     assert row[2:] == ("charts/SPS", 123)
     rows = speed.read_metrics(Path("runs/leanrl/metrics.csv"))
     assert [step for step, _ in speed.clock(rows)] == [64, 128, 192]
+
+
+def test_shim_writes_the_hyperparameters(monkeypatch):
+    """As CleanRL hands them to its writer, with what makes the run again."""
+    script = Path("clone/cleanrl/ppo.py")
+    script.parent.mkdir(parents=True)
+    script.write_text("pass\n")
+    monkeypatch.setattr(sys, "argv", [str(script), "--seed", "7", "--no-cuda"])
+    table = "|param|value|\n|-|-|\n|env_id|CartPole-v1|\n|seed|7|\n|target_kl|None|\n|gamma|0.99|"
+    cleanrl_shim.SummaryWriter("runs/b").add_text("hyperparameters", table)
+    config = json.loads(Path("runs/b/config.json").read_text())
+    known = {"env_id": "CartPole-v1", "seed": 7, "target_kl": None, "gamma": 0.99}
+    assert known.items() <= config.items()
+    assert config["command"] == (
+        "benchmarks/cleanrl_shim.py CLONE/cleanrl/ppo.py --seed 7 --no-cuda"
+    )
+    assert config["script_sha256"] == hashlib.sha256(b"pass\n").hexdigest()
+    assert config["git_commit"] == ""  # no clone
 
 
 def test_pss():
