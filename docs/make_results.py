@@ -1,11 +1,12 @@
 """Keeps the runs behind every figure of the documentation, and writes the page about them.
 
     python docs/make_results.py runs/*    # add finished runs to docs/results/, then the page
-    python docs/make_results.py           # only the page, docs/results.md, and its picture
+    python docs/make_results.py           # only the page, docs/results.md, and its pictures
 
-A run is kept as two files: {run name}.json, its config.json (command, commit, script hash,
-versions) with the machine, and {run name}.csv.gz, its metrics.csv with every episode and 500 rows
-of each other metric.
+A run is kept as two or three files: {run name}.json, its config.json (command, commit, script hash,
+versions) with the machine; {run name}.csv.gz, its metrics.csv with every episode and 100 rows of
+each other metric; {run name}.eval.csv, the games that --evaluate has played, if it has. Runs of
+CleanRL's scripts, made by benchmarks/cleanrl_shim.py, go to results/cleanrl/.
 """
 
 import csv
@@ -15,6 +16,7 @@ import json
 import re
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import matplotlib
 import numpy as np
@@ -25,21 +27,54 @@ import matplotlib.pyplot as plt
 DOCS = Path(__file__).parent
 RESULTS = DOCS / "results"
 EPISODE = ("charts/episodic_return", "charts/episodic_length")
+RESAMPLES = 50_000  # of the seeds, for an interval, as rliable's
+WINDOWS = 50  # of a curve
 
-# environment, what sets its runs apart, least score of a seed, least mean, CleanRL's of 3 seeds
-GROUPS = [
-    ("CartPole-v1", {}, 490, 490, "490.0 +- 6.1"),
-    ("Acrobot-v1", {}, -88, -87, "-86.4 +- 1.3"),
-    ("HalfCheetah-v5", {}, 1300, 1350, "1,443 +- 46 (v4)"),
-    ("Hopper-v5", {}, 1800, 2130, "2,383 +- 272 (v4)"),
-    ("InvertedPendulum-v5", {}, 950, 950, ""),
-    ("Pendulum-v1", {"bootstrap_truncation": True}, None, None, ""),
-    ("Pendulum-v1", {"bootstrap_truncation": False}, None, None, ""),
-    ("PongNoFrameskip-v4", {"exp_name": "ppo_atari", "precision": "bf16"}, -18, -18, ""),
-    ("PongNoFrameskip-v4", {"exp_name": "ppo_atari", "precision": "fp32"}, None, None, ""),
-    ("PongNoFrameskip-v4", {"exp_name": "ppo_atari_lstm"}, None, None, ""),
-    ("BreakoutNoFrameskip-v4", {}, None, None, ""),
-]
+
+class Group(NamedTuple):
+    env_id: str
+    changes: dict  # what sets its runs apart
+    least: float | None = None  # score asked of every seed
+    least_mean: float | None = None
+    cleanrl: tuple | None = None  # published: mean and deviation of three seeds
+    baselines: tuple | None = None  # published, of openai/baselines: mean and deviation, if given
+
+
+MEMORY, BF16, FP32 = (
+    {"exp_name": "ppo_atari_lstm"},
+    {"exp_name": "ppo_atari", "precision": "bf16"},
+    {"exp_name": "ppo_atari", "precision": "fp32"},
+)
+SECTIONS = {
+    "Classic control": [
+        Group("CartPole-v1", {}, 490, 490, (490.04, 6.12), (497.54, 4.02)),
+        Group("Acrobot-v1", {}, -88, -86, (-86.36, 1.32), (-81.82, 5.58)),
+        Group("MountainCar-v0", {}, None, None, (-200, 0), (-200, 0)),
+    ],
+    "MuJoCo": [
+        Group("HalfCheetah-v5", {}, 1300, 1421, (1442.64, 46.03), (1428.55, 62.40)),
+        Group("Hopper-v5", {}, 1800, 2130, (2382.86, 271.74), (2158.65, 302.33)),
+        Group("Walker2d-v5", {}, None, None, (2287.95, 571.78), (3356.49, 322.61)),
+        Group("Ant-v5", {}),
+        Group("Humanoid-v5", {}, None, None, (716.11, 49.08), (673.11, 53.02)),
+        Group("Swimmer-v5", {}, None, None, None, (111.19,)),
+        Group("Reacher-v5", {}, None, None, None, (-6.71,)),
+        Group("Pusher-v5", {}, None, None, (-40.38, 7.15), (-56.83, 13.33)),
+        Group("InvertedPendulum-v5", {}, 950, 950, (963.09, 22.20), (901.25, 35.73)),
+        Group("InvertedDoublePendulum-v5", {}, None, None, None, (7102.91,)),
+    ],
+    "Atari": [
+        Group("BreakoutNoFrameskip-v4", {}, None, None, (414.66, 28.09), (405.73, 11.47)),
+        Group("PongNoFrameskip-v4", BF16, -18, -18, (20.36, 0.20), (20.45, 0.81)),
+        Group("PongNoFrameskip-v4", FP32, None, None, (20.36, 0.20), (20.45, 0.81)),
+        Group("PongNoFrameskip-v4", MEMORY, None, None, (19.81, 0.62), (19.79, 0.67)),
+    ],
+    "Time limits": [
+        Group("Pendulum-v1", {"bootstrap_truncation": True}),
+        Group("Pendulum-v1", {"bootstrap_truncation": False}),
+    ],
+}
+GROUPS = [group for groups in SECTIONS.values() for group in groups]
 NOTES = {  # what sets the runs of a group apart, in words
     ("bootstrap_truncation", True): "bootstrap",
     ("bootstrap_truncation", False): "no bootstrap",
@@ -48,23 +83,61 @@ NOTES = {  # what sets the runs of a group apart, in words
     ("exp_name", "ppo_atari"): "no memory",
     ("exp_name", "ppo_atari_lstm"): "with memory, bf16",
 }
-
+SCRIPTS = {  # section -> scripts whose page shows it
+    "Classic control": ("ppo_discrete",),
+    "MuJoCo": ("ppo_continuous",),
+    "Atari": ("ppo_atari", "ppo_atari_lstm"),
+    "Time limits": ("ppo_continuous",),
+}
 
 INTRODUCTION = """# Results
 
-Made by `python docs/make_results.py` from the runs in [results/](results), which hold every
-episode. A score is the mean return of the last 100 training episodes of a run, played by the
-stochastic policy while it learns, as everywhere in the field. CleanRL's column is what it
-[publishes](https://github.com/vwxyzjn/cleanrl/tree/fe8d8a0/docs/benchmark) for its own scripts.
-Tests ask for the least score of each seed and the least mean, which is about CleanRL's less 5 % or
-its deviation; a seed below its least score is marked with an asterisk. Pong ran for 15 % of the
-default 10M steps, with memory (ppo_atari_lstm.py) for 20 %, Breakout, a first look, for 3 %. The
-runs are of several commits, see below.
-In Pendulum-v1 every episode is cut off by its time limit: with bootstrapping the task is solved,
-without it the return stays far below.
+<!-- made by docs/make_results.py, do not edit -->
 
-| environment | steps | seeds | score of each | least | mean | least mean | CleanRL |
-|---|---|---|---|---|---|---|---|"""
+Made from the runs in [results/](results), which hold every episode. What the columns are:
+
+- **score**: the mean return of the last 100 training episodes of a run, played by the policy while
+  it still learns, as everywhere in the field; then mean and standard deviation over seeds, as
+  CleanRL counts them (population, [C7](details.md#c7) uses the same).
+- **IQM**: the mean of the middle half of the seeds (of 5 the middle 3, of 10 the middle 6), with a
+  95 % bootstrap interval, as [rliable](https://arxiv.org/abs/2108.13264) defines both: percentiles
+  of 50,000 resamples of the seeds. Of five seeds it is wide, and still rather too narrow than too
+  wide.
+- **evaluated**: the same from 100 games of each trained policy, played by `--evaluate` with new
+  environment seeds.
+- **lowest seed**: with the least score that a test asks of every seed, where it asks for one.
+- **CleanRL**: what it [publishes](https://github.com/vwxyzjn/cleanrl/tree/fe8d8a0/docs/benchmark),
+  three seeds, MuJoCo v4. **here**: CleanRL's script run on the same machine with the same Gymnasium
+  and torch by [cleanrl_shim.py](../benchmarks/cleanrl_shim.py).
+- **Baselines**: openai/baselines' ppo2 with MuJoCo v2, from
+  [the blog post](https://iclr-blog-track.github.io/2022/03/25/ppo-implementation-details/) for
+  classic control, from [Open RL Benchmark](https://github.com/openrlbenchmark/openrlbenchmark) for
+  MuJoCo and Atari, from Baselines'
+  [own table](https://github.com/openai/baselines/blob/ea25b9e8b234e6ee1bca43083f8f3cf974143998/benchmarks_mujoco1M.htm)
+  where no deviation is given.
+- **minutes**: median of the runs, on one thread, beside another one and other work: no benchmark,
+  that is on [performance.md](performance.md).
+
+Curves are the IQM over seeds in windows of a fiftieth of the training with its interval, or each
+seed where there are two. Dashed: CleanRL's published mean."""
+
+TEXTS = {
+    "Classic control": "500,000 steps. "
+    "`python ppo_discrete.py --env-id ENV --seed SEED --no-cuda --torch-threads 1`\n\n"
+    "MountainCar-v0 pays -1 a step until the car is on the hill. Whoever never comes there sees\n"
+    "the same return in every episode, so there is nothing to learn from. The references end at\n"
+    "-200, too.",
+    "MuJoCo": "1,000,000 steps. "
+    "`python ppo_continuous.py --env-id ENV --seed SEED --no-cuda --torch-threads 1`",
+    "Atari": "Agent steps of four frames; the references are of 10,000,000. Breakout is still\n"
+    "under way, [results/long](results/long/README.md) has its checkpoint and how to go on. The\n"
+    "runs of Pong are shorter and of older commits, whose random numbers were others: they say\n"
+    "that it learns, not where it ends.",
+    "Time limits": "300,000 steps. `python ppo_continuous.py --env-id Pendulum-v1\n"
+    "--total-timesteps 300000 --seed SEED --no-cuda --torch-threads 1`, once with\n"
+    "`--no-bootstrap-truncation`. Every episode of Pendulum-v1 is cut off by its time limit. With\n"
+    "the value of the state behind it the task is solved, without it the return stays far below.",
+}
 
 AGAIN = """## Once more
 
@@ -72,17 +145,21 @@ AGAIN = """## Once more
 of [ppo_rlhf.py](rlhf.md) with a seed that is not among these, a quarter of an hour on one core. For
 each it says whether the score lies in the 95 % prediction interval for one more run, from the
 scores of the stored ones, made wide enough for the least score above. Its exit code is 1 if one is
-below. Run it after a change that should leave learning as it is, or on a machine of your own."""
+below. Run it after a change that should leave learning as it is, or on a machine of your own.
+
+`python benchmarks/identical.py` says of every stored run whether today's script still does the same
+bit for bit: it runs the script of the run's commit and today's for three iterations each, and
+compares all weights."""
 
 
 def thin(rows):
-    """All episodes, and of every other metric 500 rows, evenly spaced with the first and last."""
+    """All episodes, and of every other metric 100 rows, evenly spaced with the first and last."""
     steps = {}
     for row in rows:
         if row["name"] not in EPISODE:
             steps.setdefault(row["name"], []).append(row["global_step"])
     for name, of_name in steps.items():
-        chosen = np.linspace(0, len(of_name) - 1, min(500, len(of_name))).round().astype(int)
+        chosen = np.linspace(0, len(of_name) - 1, min(100, len(of_name))).round().astype(int)
         steps[name] = {of_name[i] for i in chosen}
     return [r for r in rows if r["name"] in EPISODE or r["global_step"] in steps[r["name"]]]
 
@@ -92,6 +169,7 @@ def keep(folder):
     config = json.loads((folder / "config.json").read_text())
     if not re.fullmatch("[0-9a-f]{40}", config["git_commit"] or ""):
         sys.exit(f"{folder}: not from a commit, but from {config['git_commit']}")
+    results = RESULTS / "cleanrl" if config.get("program") == "CleanRL" else RESULTS
     with open(folder / "metrics.csv") as file:
         rows = list(csv.DictReader(file))
     with open("/proc/cpuinfo") as file:
@@ -101,33 +179,75 @@ def keep(folder):
     config["steps"] = int(iterations[-1])  # less than planned if it was stopped
     rows = [row for row in rows if int(row["global_step"]) <= config["steps"]]
     config["machine"] = f"{config['cpus']} cores, {cpu}, device {config['device']}"
-    (RESULTS / f"{folder.name}.json").write_text(json.dumps(config, indent=2) + "\n")
+    (results / f"{folder.name}.json").write_text(json.dumps(config, indent=2) + "\n")
     text = io.StringIO()
     writer = csv.DictWriter(text, ["global_step", "time", "name", "value"], lineterminator="\n")
     writer.writeheader()
     writer.writerows(thin(rows))
     data = gzip.compress(text.getvalue().encode(), mtime=0)
-    (RESULTS / f"{folder.name}.csv.gz").write_bytes(data)
+    (results / f"{folder.name}.csv.gz").write_bytes(data)
+    if (folder / "eval.csv").exists():
+        (results / f"{folder.name}.eval.csv").write_bytes((folder / "eval.csv").read_bytes())
 
 
-def load(env_id="*"):
+def columns(file):
+    """{metric: (steps, values)} of a metrics.csv; `seconds`: the time at each charts/SPS."""
+    metrics = {}
+    for row in csv.DictReader(file):
+        step, value = int(row["global_step"]), float(row["value"])
+        metrics.setdefault(row["name"], []).append((step, value))
+        if row["name"] == "charts/SPS":
+            metrics.setdefault("seconds", []).append((step, float(row["time"])))
+    return {name: np.array(pairs).T for name, pairs in metrics.items()}
+
+
+def load(env_id="*", results=RESULTS):
     """Every kept run, or an environment's: (config, {metric: (steps, values)}), by seed."""
     runs = []
-    for path in RESULTS.glob(f"{env_id}__*.json"):
+    for path in results.glob(f"{env_id}__*.json"):
         with gzip.open(path.with_suffix(".csv.gz"), "rt") as file:
-            metrics = {}
-            for row in csv.DictReader(file):
-                pair = (int(row["global_step"]), float(row["value"]))
-                metrics.setdefault(row["name"], []).append(pair)
-        metrics = {name: np.array(pairs).T for name, pairs in metrics.items()}
-        runs.append((json.loads(path.read_text()), metrics))
+            runs.append((json.loads(path.read_text()), columns(file)))
     return sorted(runs, key=lambda run: (run[0]["env_id"], run[0]["seed"]))
+
+
+def load_long():
+    """The runs of docs/results/long/, as far as they have come, as `load` does."""
+    runs = []
+    for path in sorted((RESULTS / "long").glob("*/config.json")):
+        with open(path.with_name("metrics.csv")) as file:
+            metrics = columns(file)
+        steps = int(metrics["charts/SPS"][0][-1])
+        runs.append((json.loads(path.read_text()) | {"steps": steps}, metrics))
+    return runs
+
+
+def evaluated(config):
+    """The returns that --evaluate has counted for a run, if it was called."""
+    path = RESULTS / f"{config.get('run_name')}.eval.csv"
+    if not path.exists():
+        return None
+    with open(path) as file:
+        return np.array([float(row["episodic_return"]) for row in csv.DictReader(file)])
 
 
 def last_100(metrics, until=np.inf):
     """Mean return of the last 100 training episodes, or of those before a step."""
     steps, returns = metrics["charts/episodic_return"]
     return returns[steps <= until][-100:].mean()
+
+
+def iqm(scores):
+    """[..., n] -> [...]: the mean without the lowest and the highest quarter, rounded down."""
+    cut = scores.shape[-1] // 4
+    return np.sort(scores)[..., cut : scores.shape[-1] - cut].mean(-1)
+
+
+def interval(scores, resamples=RESAMPLES):
+    """scores [n] or [n, columns] -> the 95 % percentile bootstrap interval of the IQM over n."""
+    scores = np.asarray(scores, float)
+    seeds = np.random.default_rng(0).integers(len(scores), size=(resamples, len(scores)))
+    means = iqm(np.moveaxis(scores[seeds], 1, -1))
+    return np.percentile(means, [2.5, 97.5], axis=0)
 
 
 def is_stopped(config):
@@ -155,83 +275,195 @@ def precisions(runs):
     return text + f"{scores['bf16']} in bf16, {scores['fp32']} in fp32."
 
 
-def page(runs):
+def number(x):
+    return f"{x:,.{0 if abs(x) >= 1000 else 1}f}"
+
+
+def published(reference):
+    """Mean and deviation, or the mean alone."""
+    return " +- ".join(number(x) for x in reference or ())
+
+
+def spread(scores):
+    """Mean and deviation over seeds; of one seed its score."""
+    deviation = f" +- {number(np.std(scores))}" if len(scores) > 1 else ""
+    return number(np.mean(scores)) + deviation
+
+
+def name_of(group):
+    return ", ".join([group.env_id, *(NOTES[change] for change in group.changes.items())])
+
+
+def seeds_of(runs):
+    seeds = [config["seed"] for config, _ in runs]
+    return f"{seeds[0]}-{seeds[-1]}" if len(seeds) > 2 else " ".join(map(str, seeds))
+
+
+def row_of(group, runs, peers):
+    scores = np.array([last_100(metrics) for _, metrics in runs])
+    games = [returns for config, _ in runs if (returns := evaluated(config)) is not None]
+    lowest = f"{number(scores.min())}"
+    if group.least is not None:
+        lowest += f" of {group.least:,}" + ("*" if scores.min() < group.least else "")
+    low, high = interval(scores)
+    stopped = [f"{config['steps']:,}" for config, _ in runs if is_stopped(config)]
+    here = [last_100(metrics) for _, metrics in select(peers, group.env_id, {})]
+    cells = (
+        name_of(group) + (f", stopped after {' and '.join(stopped)} steps" if stopped else ""),
+        seeds_of(runs),
+        spread(scores),
+        f"{number(iqm(scores))} [{number(low)}, {number(high)}]" if len(scores) > 2 else "",
+        spread([returns.mean() for returns in games]) if len(games) == len(runs) else "",
+        lowest,
+        published(group.cleanrl),
+        f"{spread(here)} ({len(here)})" if here else "",
+        published(group.baselines),
+        f"{np.median([metrics['seconds'][1][-1] for _, metrics in runs]) / 60:.1f}",
+    )
+    return f"| {' | '.join(cells)} |"
+
+
+def misses(groups, runs):
+    """What lies below the mean of a reference, in a sentence."""
+    found = []
+    for group in groups:
+        of_group = select(runs, group.env_id, group.changes)
+        if not of_group or any(is_stopped(config) for config, _ in of_group):
+            continue
+        mean = np.mean([last_100(metrics) for _, metrics in of_group])
+        below = [
+            f"{name} {number(reference[0])}"
+            for name, reference in (("CleanRL", group.cleanrl), ("Baselines", group.baselines))
+            if reference and mean < reference[0]
+        ]
+        if below:
+            found.append(f"{name_of(group)}, {number(mean)} ({', '.join(below)})")
+    return f"Below the mean of a reference: {'; '.join(found)}." if found else ""
+
+
+def table(section, runs, peers):
+    """The rows of a section that have runs."""
+    lines = [
+        "| environment | seeds | score | IQM | evaluated | lowest seed "
+        "| CleanRL | here (seeds) | Baselines | minutes |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for group in SECTIONS[section]:
+        if of_group := select(runs, group.env_id, group.changes):
+            lines.append(row_of(group, of_group, peers))
+    return lines
+
+
+def picture(section):
+    return f"curves_{section.lower().replace(' ', '_')}.png"
+
+
+def page(runs, peers, long):
     """docs/results.md"""
     lines = [INTRODUCTION]
-    for env_id, changes, least, least_mean, peer in GROUPS:
-        group = select(runs, env_id, changes)
-        scores = [last_100(metrics) for _, metrics in group]
-        low = -np.inf if least is None else least
-        digits = 0 if abs(np.mean(scores)) > 1000 else 1
-        seeds = " ".join(str(config["seed"]) for config, _ in group)
-        planned = f"{group[0][0]['total_timesteps']:,}"
-        stopped = [f"{config['steps']:,}" for config, _ in group if is_stopped(config)]
+    for section, groups in SECTIONS.items():
+        of_section = runs + long if section == "Atari" else runs
+        lines += ["", f"## {section}", "", TEXTS[section], "", *table(section, of_section, peers)]
+        if section == "Atari":
+            lines += ["", precisions(runs)]
+        elif missed := misses(groups, of_section):
+            lines += ["", missed]
+        lines += ["", f"![{section}: return over steps and time](results/{picture(section)})"]
+    lines += [
+        "",
+        AGAIN,
+        "",
+        "## Runs",
+        "",
+        "The score and the mean of 100 evaluated games of each:",
+    ]
+    lines += [
+        "",
+        "| run | command | score | evaluated | steps/s | minutes | threads | commit | script |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for config, metrics in runs + peers:
+        games = evaluated(config)
         cells = (
-            ", ".join([env_id, *(NOTES[change] for change in changes.items())]),
-            f"{planned} (stopped after {', '.join(stopped)})" if stopped else planned,
-            seeds,
-            " ".join(f"{x:,.{digits}f}{'*' if x < low else ''}" for x in scores),
-            "" if least is None else f"{least:,}",
-            f"{np.mean(scores):,.{digits}f}",
-            "" if least_mean is None else f"{least_mean:,}",
-            peer,
+            config["run_name"],
+            f"`python {config['command']}`",
+            number(last_100(metrics)),
+            "" if games is None else number(games.mean()),
+            f"{metrics['charts/SPS'][1][-1]:,.0f}",
+            f"{metrics['seconds'][1][-1] / 60:.1f}",
+            str(config["torch_threads"]),
+            config["git_commit"][:12],
+            config["script_sha256"][:12],
         )
         lines.append(f"| {' | '.join(cells)} |")
-    lines += ["", precisions(runs)]
-    lines += ["", "![learning curves](results/curves.png)", "", AGAIN, "", "## Runs", ""]
-    lines += [
-        "| run | command | steps/s | minutes | torch threads | commit | sha256 of the script |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for config, metrics in runs:
-        steps, speeds = metrics["charts/SPS"]
-        lines.append(
-            f"| {config['run_name']} | `python {config['command']}` "
-            f"| {speeds[-1]:,.0f} | {steps[-1] / speeds[-1] / 60:.1f} | {config['torch_threads']} "
-            f"| {config['git_commit'][:12]} | {config['script_sha256'][:12]} |"
-        )
-    machines = sorted({config["machine"] for config, _ in runs})
-    versions = sorted({json.dumps(config["versions"]) for config, _ in runs})
-    lines += ["", f"Machine: {'; '.join(machines)}, shared, with up to two other runs beside each:"]
-    lines += ["these steps/s are no benchmark."]
+    lines += ["", "commit: of CleanRL's runs its own. script: the first digits of its SHA-256."]
+    machines = sorted({config["machine"] for config, _ in runs + peers})
+    versions = sorted({json.dumps(config["versions"]) for config, _ in runs + peers})
+    lines += ["", f"Machines: {'; '.join(machines)}."]
     lines += ["", *(f"Versions: `{version}`" for version in versions)]
-    lines += ["", "Speed and memory are in [performance.md](performance.md)."]
     return "\n".join(lines) + "\n"
 
 
-def plot(runs, path):
-    """Return of each episode, averaged over windows of 1/50 of the training."""
-    tasks = list(dict.fromkeys(env_id for env_id, *_ in GROUPS))
-    columns = -(-len(tasks) // 2)
-    figure, axes = plt.subplots(2, columns, figsize=(3.7 * columns, 6), layout="constrained")
-    for axis in axes.flat[len(tasks) :]:
+def curve(config, metrics):
+    """Mean return in each window of the training, NaN where no episode ended."""
+    steps, returns = metrics["charts/episodic_return"]
+    edges = np.linspace(0, config["total_timesteps"], WINDOWS + 1)
+    window = np.digitize(steps, edges[1:-1])
+    counts = np.bincount(window, minlength=WINDOWS)
+    sums = np.bincount(window, returns, minlength=WINDOWS)
+    return edges[1:], np.divide(sums, counts, np.full(WINDOWS, np.nan), where=counts > 0)
+
+
+def draw(axes, runs, color, label):
+    """The IQM over seeds with its interval, against steps and against minutes."""
+    curves = np.array([curve(*run)[1] for run in runs])
+    steps = curve(*runs[0])[0]
+    seconds = [np.interp(steps, *metrics["seconds"], right=np.nan) for _, metrics in runs]
+    for axis, x in zip(axes, (steps, np.median(seconds, 0) / 60), strict=True):
+        axis.plot(x, iqm(curves.T), color, lw=1.5, label=label)
+        if len(runs) > 2:
+            axis.fill_between(x, *interval(curves, 2000), color=color, alpha=0.25, lw=0)
+        else:
+            axis.plot(x, curves.T, color, lw=0.5)
+
+
+def plot(section, runs, peers):
+    """A column an environment: return over steps above, over minutes below."""
+    groups = [group for group in SECTIONS[section] if select(runs, group.env_id, group.changes)]
+    tasks = list(dict.fromkeys(group.env_id for group in groups))
+    wide = min(5, len(tasks))
+    high = -(-len(tasks) // wide)
+    size = (3.1 * wide + 0.4, 4.6 * high)
+    figure, grid = plt.subplots(2 * high, wide, figsize=size, layout="constrained", squeeze=False)
+    for axis in grid.flat:
         axis.set_axis_off()
-    for axis, task in zip(axes.flat, tasks, strict=False):
-        groups = [group for group in GROUPS if group[0] == task]
-        for color, (env_id, changes, _, least, _) in zip(("C0", "C1", "C2"), groups, strict=False):
-            for number, (config, metrics) in enumerate(select(runs, env_id, changes)):
-                steps, returns = metrics["charts/episodic_return"]
-                edges = np.linspace(0, config["total_timesteps"], 51)
-                window = np.digitize(steps, edges[1:-1])
-                curve = [
-                    returns[window == i].mean() if (window == i).any() else np.nan
-                    for i in range(50)
-                ]
-                label = ", ".join(NOTES[change] for change in changes.items())
-                axis.plot(edges[1:], curve, color, lw=1, label=label if number == 0 else None)
-            if least is not None:
-                axis.axhline(least, color="0.7", lw=0.8, ls="--", zorder=0)
-            if changes:
-                axis.legend(frameon=False, fontsize="small")
-        axis.set(title=task, xlabel="steps", ylabel="episodic return")
-        axis.ticklabel_format(axis="x", style="sci", scilimits=(3, 3))
-        axis.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=100, metadata={"Software": None})
+    for i, task in enumerate(tasks):
+        axes = grid[2 * (i // wide) : 2 * (i // wide) + 2, i % wide]
+        for axis, label in zip(axes, ("steps", "minutes"), strict=True):
+            axis.set_axis_on()
+            axis.set(xlabel=label, ylabel="episodic return" if i % wide == 0 else None)
+            axis.spines[["top", "right"]].set_visible(False)
+        axes[0].set_title(task)
+        axes[0].ticklabel_format(axis="x", style="sci", scilimits=(3, 3))
+        for color, group in zip(
+            ("C0", "C1", "C2"), [g for g in groups if g.env_id == task], strict=False
+        ):
+            label = ", ".join(NOTES[change] for change in group.changes.items()) or "ppo37"
+            draw(axes, select(runs, task, group.changes), color, label)
+            if group.cleanrl and section != "Atari":
+                axes[0].axhline(group.cleanrl[0], color="0.6", lw=0.8, ls="--", zorder=0)
+        if here := select(peers, task, {}):
+            draw(axes, here, "C7", "CleanRL")
+        if len(axes[0].lines) > 2 and len(axes[0].get_legend_handles_labels()[1]) > 1:
+            axes[0].legend(frameon=False, fontsize="small")
+    figure.savefig(RESULTS / picture(section), dpi=100, metadata={"Software": None})
+    plt.close(figure)
 
 
 if __name__ == "__main__":
     for argument in sys.argv[1:]:
         keep(Path(argument))
-    kept = load()
-    (DOCS / "results.md").write_text(page(kept))
-    plot(kept, RESULTS / "curves.png")
+    kept, theirs, unfinished = load(), load(results=RESULTS / "cleanrl"), load_long()
+    (DOCS / "results.md").write_text(page(kept, theirs, unfinished))
+    for title in SECTIONS:
+        plot(title, kept + unfinished if title == "Atari" else kept, theirs)
