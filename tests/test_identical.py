@@ -39,6 +39,7 @@ def test_difference():
     assert identical.difference(a, {"x": a["x"]}) == "other weights: y"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("old", "new", "expected"),
     [
@@ -54,6 +55,21 @@ def test_verdict_runs_both_scripts(monkeypatch, old, new, expected):
     assert changed != SCRIPT
     monkeypatch.setattr(identical, "committed", lambda config: changed.encode())
     assert identical.verdict(CONFIG).startswith(expected)
+
+
+@pytest.mark.parametrize(
+    ("new", "expected"),
+    [
+        ({"x": torch.tensor([1.0, -0.5])}, "identical"),
+        ({"x": torch.tensor([1.0, 0.0])}, "DIFFERS, x: by 5.0e-01"),
+        ("error: no", "unknown, the script of today ends with: error: no"),
+    ],
+)
+def test_verdict_compares_what_both_scripts_learned(monkeypatch, new, expected):
+    found = {b"old": {"x": torch.tensor([1.0, -0.5])}, SCRIPT.encode(): new}
+    monkeypatch.setattr(identical, "committed", lambda config: b"old")
+    monkeypatch.setattr(identical, "weights", lambda text, config: found[text])
+    assert identical.verdict(CONFIG) == expected
 
 
 def test_verdict_of_the_same_text_and_of_an_unknown_commit(monkeypatch):
