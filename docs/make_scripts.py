@@ -6,7 +6,6 @@ What stands between two marks on a page is made: flags from Args, results and fi
 runs, metrics and places to edit from docs/scripts.toml and the script. All else is written by hand.
 """
 
-import ast
 import dataclasses
 import functools
 import importlib
@@ -19,12 +18,12 @@ from typing import Literal, get_args, get_origin, get_type_hints
 
 import numpy as np
 
-DOCS = Path(__file__).resolve().parent
-sys.path[:0] = [str(DOCS), str(DOCS.parent)]
-
 import make_results
 import make_rlhf
 from make_rlhf import table
+
+DOCS = Path(__file__).resolve().parent
+sys.path.append(str(DOCS.parent))  # where the scripts are
 
 WORDS = tomllib.loads((DOCS / "scripts.toml").read_text())
 SCRIPTS = ("discrete", "continuous", "atari", "atari_lstm", "rlhf")
@@ -156,8 +155,13 @@ def other_defaults() -> list[str]:
         cells = [column.get(name, default[name]) for column in columns.values()]
         cells = [plain(x) for x in (default[name], *cells)]
         body.append((f"`--{name.replace('_', '-')}`", *cells))
-    head = ["### Other defaults", "", "With some flags others have other defaults.", ""]
-    return [*head, *table(("flag", "default", *columns), *body), ""]
+    return [
+        "### Other defaults",
+        "",
+        *note("other_defaults", "rlhf"),
+        *table(("flag", "default", *columns), *body),
+        "",
+    ]
 
 
 # ------------------------------------------------------------------------------------------------
@@ -319,6 +323,7 @@ def metrics(script: str) -> str:
 
 def rounded(x: float) -> str:
     """Two digits that count."""
+    x = x + 0.0  # no -0
     if x == 0 or abs(x) >= 10:
         return f"{float(f'{x:.2g}'):,.0f}"
     return f"{x:.1e}".replace("e-0", "e-") if abs(x) < 1e-3 else f"{float(f'{x:.2g}'):g}"
@@ -351,8 +356,10 @@ def figures(script: str) -> str:
             having = [runs for runs in having if runs] if row.get("figures", True) else []
             if having:
                 spans = zip(*(ranges(runs, name) for runs in having), strict=True)
-                cells = [(min(a for a, _ in x), max(b for _, b in x)) for x in spans]
-                body.append((f"`{name}`", *(" to ".join(map(rounded, x)) for x in cells)))
+                ends = [(min(a for a, _ in x), max(b for _, b in x)) for x in spans]
+                cells = [" to ".join(map(rounded, x)) for x in ends]
+                once = all(len(run[name]) == 1 for runs in having for run in runs)
+                body.append((f"`{name}`", *(["", "", cells[-1]] if once else cells)))
         runs = ", ".join(f"{x} ({len(groups[x])})" for x in tasks)
         lines += [f"Runs, in brackets how many: {runs}.", ""]
         lines += [*table(("metric", *PERIODS), *body), ""]
@@ -370,7 +377,7 @@ def edits(script: str) -> str:
 
 def label(text: str) -> str:
     """A name, or the left side of a line."""
-    return text.split("#")[0].strip().removeprefix("def ").split("(self")[0].rstrip("({ ")
+    return text.split("#")[0].strip().removeprefix("def ").split("(self")[0].rstrip("({[ |=")
 
 
 # ------------------------------------------------------------------------------------------------
