@@ -220,19 +220,19 @@ def results(script: str) -> str:
 def classic_results(script: str) -> list[str]:
     groups = {}
     for config, metrics, changed in runs_of(script):
-        settings = [f"`{written(*item)}`" for item in changed.items()]
-        settings += [config["precision"]] if "precision" in config else []
-        key = (config["env_id"], ", ".join(settings), config["total_timesteps"])
+        flags = ", ".join(f"`{written(*item)}`" for item in changed.items())
+        key = (config["env_id"], flags, config.get("precision", ""), config["total_timesteps"])
         groups.setdefault(key, []).append((config, metrics["charts/episodic_return"]))
     first = importlib.import_module(f"ppo_{script}").Args().env_id
     peers, body, below = WORDS["references"][script], [], []
     for key in sorted(groups, key=lambda key: (key[0] != first, key)):
-        (env_id, settings, steps), runs = key, groups[key]
+        (env_id, flags, precision, steps), runs = key, groups[key]
+        what = ", ".join(filter(None, (env_id, flags, precision)))
         scores = [returns[-100:].mean() for _, returns in runs]
         ends = {config["steps"] for config, _ in runs if make_results.is_stopped(config)}
         stopped = f", stopped after {', '.join(f'{x:,}' for x in sorted(ends))}" if ends else ""
         published = ""
-        if env_id in peers:
+        if env_id in peers and not flags:
             name, mean, deviation = peers[env_id]
             url = WORDS["references"]["url"] + peers["file"]
             more = [name] if name != env_id else []
@@ -240,8 +240,7 @@ def classic_results(script: str) -> list[str]:
             published = f"[{mean:,.2f} ± {deviation:,.2f}]({url})"
             published += f" ({', '.join(more)})" if more else ""
             if peers["steps"] == steps and np.mean(scores) < mean - deviation:
-                below.append(env_id)
-        what = ", ".join(filter(None, (env_id, settings)))
+                below.append(what)
         body.append((what, f"{steps:,}{stopped}", len(runs), mean_and_deviation(scores), published))
     lines = [*table(("environment", "steps", "seeds", "score", "CleanRL, published"), *body), ""]
     lines += ["A score is the mean return of the last 100 training episodes; ± is the standard"]
