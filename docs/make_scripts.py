@@ -11,6 +11,7 @@ import functools
 import importlib
 import re
 import sys
+import textwrap
 import tomllib
 from collections.abc import Callable
 from pathlib import Path
@@ -272,9 +273,7 @@ def rlhf_results() -> list[str]:
             what = f"`--task {task} --kl-coef {kl_coef:g}`"
             body.append((what, len(runs), words, *cells))
     lines = [*table(("settings", "seeds", "what", "after SFT", "after PPO"), *body), ""]
-    lines += [
-        "512 prompts that PPO did not see; ± is the standard deviation over seeds. There is no"
-    ]
+    lines += ["512 new prompts; ± is the standard deviation over seeds. There is no"]
     lines += [
         "published reference: the tasks are the script's own. The page on [RLHF](rlhf.md) has"
     ]
@@ -346,7 +345,9 @@ def figures(script: str) -> str:
     for config, run, changed in runs_of(script):
         if not changed:
             groups.setdefault(config["task" if script == "rlhf" else "env_id"], []).append(run)
-    tables = [[task] for task in groups] if script == "rlhf" else [[*groups]]
+    first = importlib.import_module(f"ppo_{script}").Args().env_id if script != "rlhf" else ""
+    tables = [[first]] if first in groups and len(groups) > 1 else []
+    tables = [[task] for task in groups] if script == "rlhf" else [*tables, [*groups]]
     lines = note("figures", script)
     for tasks in tables:
         body = []
@@ -360,7 +361,7 @@ def figures(script: str) -> str:
                 once = all(len(run[name]) == 1 for runs in having for run in runs)
                 body.append((f"`{name}`", *(["", "", cells[-1]] if once else cells)))
         runs = ", ".join(f"{x} ({len(groups[x])})" for x in tasks)
-        lines += [f"Runs, in brackets how many: {runs}.", ""]
+        lines += [*textwrap.wrap(f"Runs, in brackets how many: {runs}.", 100), ""]
         lines += [*table(("metric", *PERIODS), *body), ""]
     return "\n".join(lines)
 
