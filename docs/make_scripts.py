@@ -240,7 +240,7 @@ def classic_results(script: str) -> list[str]:
             more += [f"{peers['steps']:,} steps"] if peers["steps"] != steps else []
             published = f"[{mean:,.2f} ± {deviation:,.2f}]({url})"
             published += f" ({', '.join(more)})" if more else ""
-            if peers["steps"] == steps and np.mean(scores) < mean - deviation:
+            if peers["steps"] == steps and not ends and np.mean(scores) < mean - deviation:
                 below.append(what)
         body.append((what, f"{steps:,}{stopped}", len(runs), mean_and_deviation(scores), published))
     lines = [*table(("environment", "steps", "seeds", "score", "CleanRL, published"), *body), ""]
