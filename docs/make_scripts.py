@@ -357,7 +357,7 @@ def figures(script: str) -> str:
             if having:
                 spans = zip(*(ranges(runs, name) for runs in having), strict=True)
                 ends = [(min(a for a, _ in x), max(b for _, b in x)) for x in spans]
-                cells = [" to ".join(map(rounded, x)) for x in ends]
+                cells = [" to ".join(dict.fromkeys(map(rounded, x))) for x in ends]
                 once = all(len(run[name]) == 1 for runs in having for run in runs)
                 body.append((f"`{name}`", *(["", "", cells[-1]] if once else cells)))
         runs = ", ".join(f"{x} ({len(groups[x])})" for x in tasks)
