@@ -170,17 +170,23 @@ def other_defaults() -> list[str]:
 
 
 @functools.cache
-def kept() -> tuple[list, list]:
-    """All kept runs: of the classic scripts, and of ppo_rlhf.py."""
-    return make_results.load(), make_rlhf.load()
+def kept_results() -> tuple[list, list, list]:
+    """Of the classic scripts: all kept runs, CleanRL's, and long ones as far as they have come."""
+    peers = make_results.load(results=make_results.RESULTS / "cleanrl")
+    return make_results.load(), peers, make_results.load_long()
+
+
+@functools.cache
+def kept_rlhf() -> list:
+    return make_rlhf.load()
 
 
 def runs_of(script: str) -> list:
     """(configuration, {metric: values}, flags that are not at their default)"""
     if script == "rlhf":
-        runs = kept()[1]
+        runs = kept_rlhf()
     else:
-        runs = [x for x in kept()[0] if x[0]["command"].split()[0] == f"ppo_{script}.py"]
+        runs = [x for x in kept_results()[0] if x[0]["command"].split()[0] == f"ppo_{script}.py"]
         runs = [(config, {k: v for k, (_, v) in metrics.items()}) for config, metrics in runs]
     default = vars(importlib.import_module(f"ppo_{script}").Args())
     default = {k: v for k, v in default.items() if k not in MACHINE}
@@ -197,19 +203,9 @@ def is_sort(config: dict) -> bool:
     return config.get("task") == "sort"
 
 
-def written(name: str, value) -> str:
-    """A flag as it is typed."""
-    flag = f"--{name.replace('_', '-')}"
-    if isinstance(value, bool):
-        return flag if value else f"--no-{flag[2:]}"
-    return f"{flag} {value:g}" if isinstance(value, float) else f"{flag} {value}"
-
-
-def mean_and_deviation(values, digits=1) -> str:
+def mean_and_deviation(values) -> str:
     """Over seeds, the population's deviation, as those who publish such tables do."""
-    digits = 0 if abs(np.mean(values)) >= 1000 else digits
-    deviation = f" ± {np.std(values):,.{digits}f}" if len(values) > 1 else ""
-    return f"{np.mean(values):,.{digits}f}{deviation}"
+    return f"{np.mean(values):.2f} ± {np.std(values):.2f}"
 
 
 def results(script: str) -> str:
@@ -219,41 +215,20 @@ def results(script: str) -> str:
 
 
 def classic_results(script: str) -> list[str]:
-    groups = {}
-    for config, metrics, changed in runs_of(script):
-        flags = ", ".join(f"`{written(*item)}`" for item in changed.items())
-        key = (config["env_id"], flags, config.get("precision", ""), config["total_timesteps"])
-        groups.setdefault(key, []).append((config, metrics["charts/episodic_return"]))
-    first = importlib.import_module(f"ppo_{script}").Args().env_id
-    peers, body, below = WORDS["references"][script], [], []
-    for key in sorted(groups, key=lambda key: (key[0] != first, key)):
-        (env_id, flags, precision, steps), runs = key, groups[key]
-        what = ", ".join(filter(None, (env_id, flags, precision)))
-        scores = [returns[-100:].mean() for _, returns in runs]
-        ends = {config["steps"] for config, _ in runs if make_results.is_stopped(config)}
-        stopped = f", stopped after {', '.join(f'{x:,}' for x in sorted(ends))}" if ends else ""
-        published = ""
-        if env_id in peers and not flags:
-            name, mean, deviation = peers[env_id]
-            url = WORDS["references"]["url"] + peers["file"]
-            more = [name] if name != env_id else []
-            more += [f"{peers['steps']:,} steps"] if peers["steps"] != steps else []
-            published = f"[{mean:,.2f} ± {deviation:,.2f}]({url})"
-            published += f" ({', '.join(more)})" if more else ""
-            if peers["steps"] == steps and not ends and np.mean(scores) < mean - deviation:
-                below.append(what)
-        body.append((what, f"{steps:,}{stopped}", len(runs), mean_and_deviation(scores), published))
-    lines = [*table(("environment", "steps", "seeds", "score", "CleanRL, published"), *body), ""]
-    lines += ["A score is the mean return of the last 100 training episodes; ± is the standard"]
-    lines += ["deviation over seeds. A published score of another number of steps is there to be"]
-    lines += ["known, not to be compared. Of the others, below the published mean by more than its"]
+    """The rows of docs/results.md that are of this script."""
+    runs, peers, long = kept_results()
+    own = [x for x in runs + long if x[0]["command"].split()[0] == f"ppo_{script}.py"]
+    lines = []
+    for section in make_results.SECTIONS:
+        rows = make_results.table(section, own, peers)
+        if len(rows) > 2:  # below the head
+            picture = f"![{section}](results/{make_results.picture(section)})"
+            lines += [f"### {section}", "", *rows, "", picture, ""]
     lines += [
-        f"deviation: {', '.join(below) or 'none'}. Every run with its command is on the page of"
+        "The page of [results](results.md) says what the columns and curves are, and has every"
     ]
-    lines += ["[results](results.md).", ""]
-    own = f"curves_{script}.png"
-    picture = own if (make_results.RESULTS / own).exists() else "curves.png"
-    return [*lines, f"![return over steps](results/{picture})"]
+    lines += ["run with its command."]
+    return lines
 
 
 def rlhf_results() -> list[str]:
@@ -267,7 +242,7 @@ def rlhf_results() -> list[str]:
             rows = {"gold reward": "gold/score", "proxy": "proxy", "KL": "kl"}
         for words, name in rows.items():
             cells = [
-                mean_and_deviation([run[f"eval/{stage}/{name}"][-1] for run in runs], digits=2)
+                mean_and_deviation([run[f"eval/{stage}/{name}"][-1] for run in runs])
                 for stage in ("sft", "ppo")
             ]
             what = f"`--task {task} --kl-coef {kl_coef:g}`"
