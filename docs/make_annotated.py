@@ -1,0 +1,201 @@
+"""Writes docs/annotated/ppo_*.md: each script as a page, with notes beside its lines.
+
+python docs/make_annotated.py
+
+A note is a quotation in Markdown, and the lines it is about follow it as HTML, so that a forge shows
+the note above its code, and docs/annotated.css puts the two side by side where there is room. The
+code is no fenced block, because nothing within such a block can be linked to: here each line has
+an anchor (L87) and each tag has one (C8). A forge takes classes and styles away; what it keeps are
+the elements, which is why keywords are <b>, names that are defined <strong> and comments <i>: they
+show there, too. Line numbers come from the style sheet, so that whoever copies code has only code.
+
+The anchor of a tag is at its note, and the code begins beside or below it. Where a tag is in several
+places, the first one that is not in the Configuration has the note and the anchor C8; the others are
+C8-2 and so on, with a link back.
+"""
+
+import html
+import re
+import tomllib
+from pathlib import Path
+
+from pygments.lexers import PythonLexer
+from pygments.token import Comment, Keyword, Name, Operator, String
+
+import make_details
+
+ROOT = Path(__file__).resolve().parent.parent
+FOLDER = ROOT / "docs" / "annotated"
+SCRIPTS = ("discrete", "continuous", "atari", "atari_lstm", "rlhf")
+BANNER = re.compile(r"^# -{96}$")
+PARAGRAPH = re.compile(r"    (?:    )?# \S")  # a comment that stands alone: a new paragraph
+ELEMENTS = (  # kinds of tokens, and how they are shown
+    (Comment, "i"),
+    (String, "span"),
+    (Keyword, "b"),
+    (Operator.Word, "b"),
+    (Name.Function, "strong"),
+    (Name.Class, "strong"),
+)
+SECTIONS = {
+    "The script": "What it is, how it is started, what its names mean, and where it comes from.",
+    "Configuration": "Each field is a flag of the command line, and its comment is the help.",
+    "Environment": "What is between the environment and the algorithm.",
+    "Policy and value function": "The networks. Replace them with your own here.",
+    "The algorithm": "The equations, as functions that read nothing but their arguments.",
+    "Training": "The loop from top to bottom; its comments are a table of contents.",
+    "Runs": "All around learning: folders, metrics, checkpoints, errors. PPO is complete above.",
+}
+
+
+def sections(lines: list[str]) -> list[tuple[str, int]]:
+    """Title and first line of each section."""
+    starts = [i for i in range(len(lines) - 1) if BANNER.match(lines[i])]
+    return [("The script", 1)] + [(lines[i + 1].removeprefix("# "), i + 1) for i in starts]
+
+
+def definitions(lines: list[str]) -> list[int]:
+    """First lines of functions and classes that are in none, and of the imports."""
+    found, start = [], None
+    for i, line in enumerate(lines, 1):
+        if line.startswith("@"):
+            start = start or i
+        elif re.match(
+            r"def |class |import contextlib|import asyncio|# /// script|if __name__", line
+        ):
+            found.append(start or i)
+            start = None
+    return found
+
+
+def places(script: str, lines: list[str]) -> list[tuple[str, int, int]]:
+    """The anchors of the tags, in the order of the lines: anchor, line of the tag, of its code."""
+    starts = sections(lines)
+    config = range(starts[1][1], starts[2][1])
+    found = {}
+    for site in make_details.find_sites(ROOT / f"ppo_{script}.py"):
+        first = site.first
+        while lines[first - 2].startswith("@"):  # what decorates a function belongs to it
+            first -= 1
+        found.setdefault(site.tag, []).append((site.line in config, site.line, first))
+    anchors = []
+    for tag, sites in found.items():
+        for number, (_, line, first) in enumerate(sorted(sites), 1):
+            anchors.append((tag if number == 1 else f"{tag}-{number}", line, first))
+    return sorted(anchors, key=lambda anchor: anchor[1])
+
+
+def highlight(source: str) -> list[str]:
+    """The lines as HTML."""
+    parts = []
+    for kind, text in PythonLexer(stripnl=False).get_tokens(source):
+        element = next((name for group, name in ELEMENTS if kind in group), "")
+        for piece in re.split(r"(\n)", text):
+            if parts and parts[-1][0] == element and element and piece != "\n":
+                parts[-1] = (element, parts[-1][1] + piece)
+            elif piece:
+                parts.append((element if piece.strip() else "", piece))
+    shown = [(name, html.escape(text, quote=False).replace("$", "&#36;")) for name, text in parts]
+    return "".join(f"<{x}>{text}</{x}>" if x else text for x, text in shown).split("\n")[:-1]
+
+
+def sentences(text: str) -> str:
+    """The first two sentences, or one if two are too long for a margin."""
+    parts = re.split(r"(?<=[.?])\s+", " ".join(text.split()))
+    return parts[0] if len(" ".join(parts[:2])) > 330 else " ".join(parts[:2])
+
+
+def equations() -> dict[str, tuple[str, str]]:
+    """tag -> equation for its note, and the anchor in equations.md"""
+    table = tomllib.loads((ROOT / "docs" / "equations.toml").read_text())
+    return {
+        tag: (entry.get("short", entry["tex"]), name)
+        for name, entry in table.items()
+        for tag in entry.get("notes", ())
+    }
+
+
+def note(tag: str, entry: dict, formulas: dict, here: set[str]) -> list[str]:
+    """The lines of a note: title, why, equation, and where there is more."""
+    text = re.sub(
+        r"\[([CARLMXH]\d{1,2})\](?!\()",
+        lambda x: (
+            f"[{x[1]}](#{x[1]})" if x[1] in here else f"[{x[1]}](../details.md#{x[1].lower()})"
+        ),
+        sentences(entry["why"]),
+    )
+    lines = [f'> <a id="{tag}"></a>**{tag} {entry["title"]}.** {text}']
+    if tag in formulas:
+        tex, name = formulas[tag]
+        lines += [">", f"> ${' '.join(tex.split())}$", ">"]
+        lines += [f"> [the equation](../equations.md#{name}),"]
+    else:
+        lines += [">"]
+    lines += [f"> [all about {tag}](../details.md#{tag.lower()})"]
+    return lines
+
+
+def page(script: str) -> str:
+    """The text of a page."""
+    name = f"ppo_{script}.py"
+    source = (ROOT / name).read_text()
+    lines, details, formulas = source.splitlines(), make_details.table(), equations()
+    code, starts = highlight(source), sections(lines)
+    anchors = places(script, lines)
+    noted = {}  # line -> tags whose notes stand there
+    for anchor, _, first in anchors:
+        if "-" not in anchor:
+            noted.setdefault(first, []).append(anchor)
+    here = {tag for tags in noted.values() for tag in tags}
+    by_line = {}
+    for anchor, line, _ in anchors:
+        by_line.setdefault(line, []).append(anchor)
+    cuts = {line for _, line in starts} | set(noted) | set(definitions(lines))
+    training = next(line for title, line in starts if title == "Training")
+    runs = next(line for title, line in starts if title == "Runs")
+    for i in range(training, runs):
+        if PARAGRAPH.match(lines[i - 1]) and not lines[i - 2].strip():
+            cuts.add(i)
+    cuts = sorted(x for x in cuts if x <= runs or x in noted) + [len(lines) + 1]
+    titles = {line: title for title, line in starts}
+    contents = ", ".join(
+        f"[{title}](#{re.sub('[^a-z]+', '-', title.lower())})" for title in titles.values()
+    )
+    text = ["<!-- made by docs/make_annotated.py, do not edit -->", "", f"# {name} with notes", ""]
+    text += [
+        f"The whole of [{name}](../../{name}), every line in order. Each tag, as in [C8], has a"
+    ]
+    text += [
+        "note beside its code, and a tag in the code is a link to it; what is said of all details,"
+    ]
+    text += ["with sources and tests, is in [details.md](../details.md). The equations are in"]
+    text += ["[equations.md](../equations.md).", "", f"Sections: {contents}.", ""]
+    for first, end in zip(cuts, cuts[1:], strict=False):
+        if first in titles:
+            text += [f"## {titles[first]}", "", f"> {SECTIONS[titles[first]]}", ""]
+        for number, tag in enumerate(noted.get(first, ())):
+            text += [">"] * (number > 0) + note(tag, details[tag], formulas, here)
+        text += [""] * (first in noted)
+        rows = []
+        for i in range(first, end):
+            row = code[i - 1]
+            for anchor in by_line.get(i, ()):
+                tag = anchor.partition("-")[0]
+                link = f'<a href="#{tag}">{tag}</a>'
+                if anchor != tag:
+                    link = f'<a id="{anchor}" href="#{tag}">{tag}</a>'
+                row = row.replace(f"[{tag}]", f"[{link}]", 1)
+            rows.append(f'<a id="L{i}" href="#L{i}" tabindex="-1"></a>{row}')
+        start = f'<pre class="lines" style="counter-reset: line {first - 1}">'
+        text += [start + "\n".join(rows) + "</pre>", ""]
+    return "\n".join(text)
+
+
+def pages() -> dict[Path, str]:
+    return {FOLDER / f"ppo_{script}.md": page(script) for script in SCRIPTS}
+
+
+if __name__ == "__main__":
+    FOLDER.mkdir(exist_ok=True)
+    for path, text in pages().items():
+        path.write_text(text)
