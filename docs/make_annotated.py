@@ -2,21 +2,23 @@
 
 python docs/make_annotated.py
 
-A note is a quotation in Markdown, and the lines it is about follow it as HTML, so that a forge shows
-the note above its code, and docs/annotated.css puts the two side by side where there is room. The
-code is no fenced block, because nothing within such a block can be linked to: here each line has
-an anchor (L87) and each tag has one (C8). A forge takes classes and styles away; what it keeps are
-the elements, which is why keywords are <b>, names that are defined <strong> and comments <i>: they
-show there, too. Line numbers come from the style sheet, so that whoever copies code has only code.
+A note is a quotation in Markdown, and the lines it is about follow it as HTML, so that a forge
+shows the note above its code, and docs/annotated.css puts the two side by side where there is room.
+The code is no fenced block, because nothing within such a block can be linked to: here each line
+has an anchor (L87) and each tag has one (C8). A forge takes classes and styles away; what it keeps
+are the elements, which is why keywords are <b>, names that are defined <strong> and comments <i>:
+they show there, too. Line numbers come from the style sheet: whoever copies code has only code.
+The section Runs is not folded away: it comes last, and a link to a line in it always works.
 
-The anchor of a tag is at its note, and the code begins beside or below it. Where a tag is in several
-places, the first one that is not in the Configuration has the note and the anchor C8; the others are
-C8-2 and so on, with a link back.
+The anchor of a tag is at its note, and the code begins beside or below it. Where a tag is in
+several places, the first one that is not in the Configuration has the note and the anchor C8; the
+others are C8-2 and so on, with a link back.
 """
 
 import html
 import re
 import tomllib
+from itertools import pairwise
 from pathlib import Path
 
 from pygments.lexers import PythonLexer
@@ -29,6 +31,7 @@ FOLDER = ROOT / "docs" / "annotated"
 SCRIPTS = ("discrete", "continuous", "atari", "atari_lstm", "rlhf")
 BANNER = re.compile(r"^# -{96}$")
 PARAGRAPH = re.compile(r"    (?:    )?# \S")  # a comment that stands alone: a new paragraph
+DEFINITION = re.compile(r"def |class |# /// script|import (?:asyncio|contextlib)$")
 ELEMENTS = (  # kinds of tokens, and how they are shown
     (Comment, "i"),
     (String, "span"),
@@ -60,9 +63,7 @@ def definitions(lines: list[str]) -> list[int]:
     for i, line in enumerate(lines, 1):
         if line.startswith("@"):
             start = start or i
-        elif re.match(
-            r"def |class |import contextlib|import asyncio|# /// script|if __name__", line
-        ):
+        elif DEFINITION.match(line):
             found.append(start or i)
             start = None
     return found
@@ -117,13 +118,12 @@ def equations() -> dict[str, tuple[str, str]]:
 
 def note(tag: str, entry: dict, formulas: dict, here: set[str]) -> list[str]:
     """The lines of a note: title, why, equation, and where there is more."""
-    text = re.sub(
-        r"\[([CARLMXH]\d{1,2})\](?!\()",
-        lambda x: (
-            f"[{x[1]}](#{x[1]})" if x[1] in here else f"[{x[1]}](../details.md#{x[1].lower()})"
-        ),
-        sentences(entry["why"]),
-    )
+
+    def link(match):
+        tag = match[1]
+        return f"[{tag}]({f'#{tag}' if tag in here else f'../details.md#{tag.lower()}'})"
+
+    text = make_details.TAG.sub(link, sentences(entry["why"]))
     lines = [f'> <a id="{tag}"></a>**{tag} {entry["title"]}.** {text}']
     if tag in formulas:
         tex, name = formulas[tag]
@@ -156,21 +156,22 @@ def page(script: str) -> str:
     for i in range(training, runs):
         if PARAGRAPH.match(lines[i - 1]) and not lines[i - 2].strip():
             cuts.add(i)
-    cuts = sorted(x for x in cuts if x <= runs or x in noted) + [len(lines) + 1]
+    cuts = [*sorted(x for x in cuts if x <= runs or x in noted), len(lines) + 1]
     titles = {line: title for title, line in starts}
     contents = ", ".join(
         f"[{title}](#{re.sub('[^a-z]+', '-', title.lower())})" for title in titles.values()
     )
     text = ["<!-- made by docs/make_annotated.py, do not edit -->", "", f"# {name} with notes", ""]
     text += [
-        f"The whole of [{name}](../../{name}), every line in order. Each tag, as in [C8], has a"
+        f"The whole of [{name}](../../{name}), every line in order. Each tag, such as `[C4]`, has a",
+        "note beside its code, and a tag in the code is a link to it. What is said of all details,",
+        "with sources and tests, is in [details.md](../details.md); the equations beside their lines",
+        "in all scripts are in [equations.md](../equations.md).",
+        "",
+        f"Sections: {contents}.",
+        "",
     ]
-    text += [
-        "note beside its code, and a tag in the code is a link to it; what is said of all details,"
-    ]
-    text += ["with sources and tests, is in [details.md](../details.md). The equations are in"]
-    text += ["[equations.md](../equations.md).", "", f"Sections: {contents}.", ""]
-    for first, end in zip(cuts, cuts[1:], strict=False):
+    for first, end in pairwise(cuts):
         if first in titles:
             text += [f"## {titles[first]}", "", f"> {SECTIONS[titles[first]]}", ""]
         for number, tag in enumerate(noted.get(first, ())):
