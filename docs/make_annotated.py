@@ -106,13 +106,14 @@ def sentences(text: str) -> str:
     return parts[0] if len(" ".join(parts[:2])) > 330 else " ".join(parts[:2])
 
 
-def equations() -> dict[str, tuple[str, str]]:
+def equations(script: str) -> dict[str, tuple[str, str]]:
     """tag -> equation for its note, and the anchor in equations.md"""
     table = tomllib.loads((ROOT / "docs" / "equations.toml").read_text())
     return {
-        tag: (entry.get("short", entry["tex"]), name)
+        tag: (" ".join(entry.get("short", entry["tex"]).split()), name)
         for name, entry in table.items()
         for tag in entry.get("notes", ())
+        if script in entry["scripts"]
     }
 
 
@@ -124,14 +125,11 @@ def note(tag: str, entry: dict, formulas: dict, here: set[str]) -> list[str]:
         return f"[{tag}]({f'#{tag}' if tag in here else f'../details.md#{tag.lower()}'})"
 
     text = make_details.TAG.sub(link, sentences(entry["why"]))
-    lines = [f'> <a id="{tag}"></a>**{tag} {entry["title"]}.** {text}']
+    more = f"[more](../details.md#{tag.lower()})"
+    lines = [f'> <a id="{tag}"></a>**{tag} {entry["title"]}.** {text} {more}']
     if tag in formulas:
         tex, name = formulas[tag]
-        lines += [">", f"> ${' '.join(tex.split())}$", ">"]
-        lines += [f"> [the equation](../equations.md#{name}),"]
-    else:
-        lines += [">"]
-    lines += [f"> [all about {tag}](../details.md#{tag.lower()})"]
+        lines += [">", f"> ${tex}$ [equation](../equations.md#{name})"]
     return lines
 
 
@@ -139,7 +137,7 @@ def page(script: str) -> str:
     """The text of a page."""
     name = f"ppo_{script}.py"
     source = (ROOT / name).read_text()
-    lines, details, formulas = source.splitlines(), make_details.table(), equations()
+    lines, details, formulas = source.splitlines(), make_details.table(), equations(script)
     code, starts = highlight(source), sections(lines)
     anchors = places(script, lines)
     noted = {}  # line -> tags whose notes stand there
@@ -163,10 +161,10 @@ def page(script: str) -> str:
     )
     text = ["<!-- made by docs/make_annotated.py, do not edit -->", "", f"# {name} with notes", ""]
     text += [
-        f"The whole of [{name}](../../{name}), every line in order. Each tag, such as `[C4]`, has a",
-        "note beside its code, and a tag in the code is a link to it. What is said of all details,",
-        "with sources and tests, is in [details.md](../details.md); the equations beside their lines",
-        "in all scripts are in [equations.md](../equations.md).",
+        f"The whole of [{name}](../../{name}), every line in order. Each tag, such as `[C4]`, has",
+        "a note beside its code, and a tag in the code is a link to it. What is said of all",
+        "details, with sources and tests, is in [details.md](../details.md); the equations beside",
+        "their lines in all scripts are in [equations.md](../equations.md).",
         "",
         f"Sections: {contents}.",
         "",
