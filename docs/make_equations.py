@@ -78,7 +78,9 @@ def section(name: str, entry: dict, places: list[Place], details: dict) -> list[
     """All about one equation."""
     source = re.sub(r"(arXiv:([\d.]+\d))", r"[\1](https://arxiv.org/abs/\2)", entry["source"])
     source = re.sub(r"joschu\.net/\S+\.html", r"[\g<0>](http://\g<0>)", source)
-    lines = [f'<a id="{name}"></a>', "", f"### {entry['title']}", "", "$$", entry["tex"], "$$", ""]
+    title = entry["title"]
+    lines = [] if title.lower().replace(" ", "-") == name else [f'<a id="{name}"></a>', ""]
+    lines += [f"### {title}", "", "$$", entry["tex"], "$$", ""]
     lines += [f"Where: {source}.", "", fill(" ".join(entry["text"].split()), 100), ""]
     if "tags" in entry:
         links = [
