@@ -12,7 +12,8 @@ The section Runs is not folded away: it comes last, and a link to a line in it a
 
 The anchor of a tag is at its note, and the code begins beside or below it. Where a tag is in
 several places, the first one that is not in the Configuration has the note and the anchor C8; the
-others are C8-2 and so on, with a link back.
+others are C8-2 and so on, with a link back. Lines 1 to 5 have the names that the tags of memory
+would have, so these are tag-L1 and so on.
 """
 
 import html
@@ -20,6 +21,7 @@ import re
 import tomllib
 from itertools import pairwise
 from pathlib import Path
+from typing import NamedTuple
 
 from pygments.lexers import PythonLexer
 from pygments.token import Comment, Keyword, Name, Operator, String
@@ -69,8 +71,22 @@ def definitions(lines: list[str]) -> list[int]:
     return found
 
 
-def places(script: str, lines: list[str]) -> list[tuple[str, int, int]]:
-    """The anchors of the tags, in the order of the lines: anchor, line of the tag, of its code."""
+class Place(NamedTuple):
+    """Of a tag."""
+
+    tag: str
+    anchor: str
+    line: int  # of the tag
+    first: int  # line of its code
+
+
+def anchor_of(tag: str, number: int = 1) -> str:
+    name = f"tag-{tag}" if tag.startswith("L") else tag
+    return name if number == 1 else f"{name}-{number}"
+
+
+def places(script: str, lines: list[str]) -> list[Place]:
+    """The places of all tags with their anchors, in the order of the lines."""
     starts = sections(lines)
     config = range(starts[1][1], starts[2][1])
     found = {}
@@ -79,11 +95,14 @@ def places(script: str, lines: list[str]) -> list[tuple[str, int, int]]:
         while lines[first - 2].startswith("@"):  # what decorates a function belongs to it
             first -= 1
         found.setdefault(site.tag, []).append((site.line in config, site.line, first))
-    anchors = []
-    for tag, sites in found.items():
-        for number, (_, line, first) in enumerate(sorted(sites), 1):
-            anchors.append((tag if number == 1 else f"{tag}-{number}", line, first))
-    return sorted(anchors, key=lambda anchor: anchor[1])
+    return sorted(
+        (
+            Place(tag, anchor_of(tag, number), line, first)
+            for tag, sites in found.items()
+            for number, (_, line, first) in enumerate(sorted(sites), 1)
+        ),
+        key=lambda place: place.line,
+    )
 
 
 def highlight(source: str) -> list[str]:
@@ -122,15 +141,49 @@ def note(tag: str, entry: dict, formulas: dict, here: set[str]) -> list[str]:
 
     def link(match):
         tag = match[1]
-        return f"[{tag}]({f'#{tag}' if tag in here else f'../details.md#{tag.lower()}'})"
+        target = f"#{anchor_of(tag)}" if tag in here else f"../details.md#{tag.lower()}"
+        return f"[{tag}]({target})"
 
     text = make_details.TAG.sub(link, sentences(entry["why"]))
     more = f"[more](../details.md#{tag.lower()})"
-    lines = [f'> <a id="{tag}"></a>**{tag} {entry["title"]}.** {text} {more}']
+    lines = [f'> <a id="{anchor_of(tag)}"></a>**{tag} {entry["title"]}.** {text} {more}']
     if tag in formulas:
         tex, name = formulas[tag]
         lines += [">", f"> ${tex}$ [equation](../equations.md#{name})"]
     return lines
+
+
+def block(first: int, end: int, code: list[str], tags: dict[int, list[Place]]) -> str:
+    """Lines of code, each with its anchor, and with links at its tags."""
+    rows = []
+    for i in range(first, end):
+        row = code[i - 1]
+        for place in tags.get(i, ()):
+            note = anchor_of(place.tag)
+            own = f'id="{place.anchor}" ' if place.anchor != note else ""
+            link = f'[<a {own}href="#{note}">{place.tag}</a>]'
+            row = row.replace(f"[{place.tag}]", link, 1)
+        rows.append(f'<a id="L{i}" href="#L{i}" tabindex="-1"></a>{row}')
+    start = f'<pre class="lines" style="counter-reset: line {first - 1}">'
+    return start + "\n".join(rows) + "</pre>"
+
+
+def head(name: str, titles: list[str]) -> list[str]:
+    """What stands above the first section."""
+    links = [f"[{x}](#{re.sub('[^a-z]+', '-', x.lower())})" for x in titles]
+    return [
+        "<!-- made by docs/make_annotated.py, do not edit -->",
+        "",
+        f"# {name} with notes",
+        "",
+        f"The whole of [{name}](../../{name}), every line in order. Each tag, such as `[C4]`, has",
+        "a note beside its code, and a tag in the code is a link to it. What is said of all",
+        "details, with sources and tests, is in [details.md](../details.md); the equations beside",
+        "their lines in all scripts are in [equations.md](../equations.md).",
+        "",
+        f"Sections: {', '.join(links)}.",
+        "",
+    ]
 
 
 def page(script: str) -> str:
@@ -138,55 +191,25 @@ def page(script: str) -> str:
     name = f"ppo_{script}.py"
     source = (ROOT / name).read_text()
     lines, details, formulas = source.splitlines(), make_details.table(), equations(script)
-    code, starts = highlight(source), sections(lines)
-    anchors = places(script, lines)
-    noted = {}  # line -> tags whose notes stand there
-    for anchor, _, first in anchors:
-        if "-" not in anchor:
-            noted.setdefault(first, []).append(anchor)
-    here = {tag for tags in noted.values() for tag in tags}
-    by_line = {}
-    for anchor, line, _ in anchors:
-        by_line.setdefault(line, []).append(anchor)
-    cuts = {line for _, line in starts} | set(noted) | set(definitions(lines))
-    training = next(line for title, line in starts if title == "Training")
-    runs = next(line for title, line in starts if title == "Runs")
-    for i in range(training, runs):
-        if PARAGRAPH.match(lines[i - 1]) and not lines[i - 2].strip():
-            cuts.add(i)
-    cuts = [*sorted(x for x in cuts if x <= runs or x in noted), len(lines) + 1]
-    titles = {line: title for title, line in starts}
-    contents = ", ".join(
-        f"[{title}](#{re.sub('[^a-z]+', '-', title.lower())})" for title in titles.values()
-    )
-    text = ["<!-- made by docs/make_annotated.py, do not edit -->", "", f"# {name} with notes", ""]
-    text += [
-        f"The whole of [{name}](../../{name}), every line in order. Each tag, such as `[C4]`, has",
-        "a note beside its code, and a tag in the code is a link to it. What is said of all",
-        "details, with sources and tests, is in [details.md](../details.md); the equations beside",
-        "their lines in all scripts are in [equations.md](../equations.md).",
-        "",
-        f"Sections: {contents}.",
-        "",
-    ]
-    for first, end in pairwise(cuts):
+    code, titles = highlight(source), {line: title for title, line in sections(lines)}
+    starts = {title: line for line, title in titles.items()}
+    noted, tags = {}, {}  # line -> tags whose notes stand there, places of the tags on it
+    for place in places(script, lines):
+        tags.setdefault(place.line, []).append(place)
+        if place.anchor == anchor_of(place.tag):
+            noted.setdefault(place.first, []).append(place.tag)
+    here = {tag for group in noted.values() for tag in group}
+    loop = range(starts["Training"], starts["Runs"])
+    paragraphs = [i for i in loop if PARAGRAPH.match(lines[i - 1]) and not lines[i - 2].strip()]
+    cuts = {*titles, *definitions(lines), *paragraphs}
+    cuts = {i for i in cuts if i <= starts["Runs"]} | set(noted)
+    text = head(name, list(starts))
+    for first, end in pairwise([*sorted(cuts), len(lines) + 1]):
         if first in titles:
             text += [f"## {titles[first]}", "", f"> {SECTIONS[titles[first]]}", ""]
         for number, tag in enumerate(noted.get(first, ())):
             text += [">"] * (number > 0) + note(tag, details[tag], formulas, here)
-        text += [""] * (first in noted)
-        rows = []
-        for i in range(first, end):
-            row = code[i - 1]
-            for anchor in by_line.get(i, ()):
-                tag = anchor.partition("-")[0]
-                link = f'<a href="#{tag}">{tag}</a>'
-                if anchor != tag:
-                    link = f'<a id="{anchor}" href="#{tag}">{tag}</a>'
-                row = row.replace(f"[{tag}]", f"[{link}]", 1)
-            rows.append(f'<a id="L{i}" href="#L{i}" tabindex="-1"></a>{row}')
-        start = f'<pre class="lines" style="counter-reset: line {first - 1}">'
-        text += [start + "\n".join(rows) + "</pre>", ""]
+        text += [""] * (first in noted) + [block(first, end, code, tags), ""]
     return "\n".join(text)
 
 

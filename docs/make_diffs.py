@@ -213,7 +213,7 @@ def page(name: str) -> str:
     text = [*head(scripts, f"{intro} {numbers}"), *summary(entries, scripts), ""]
     text += ["Below is every line that differs: with `-` those of the first script, with `+` those"]
     text += ["of the second.", ""]
-    for section in sections:
+    for section in [*sections[1:], START]:  # names of things come last
         if section in equal:
             continue
         text += [f"## {section}", ""]
@@ -282,14 +282,11 @@ def page_rlhf() -> str:
     intro, pairs, gone, loop = (entries.pop(x) for x in ("intro", "pairs", "gone", "parts"))
     old, new = map(read, scripts)
     a, b = definitions(old), definitions(new)
-    source_a, source_b = "\n".join(old), "\n".join(new)
-    same = [
-        x
-        for x in a
-        if x in b
-        and "." not in x
-        and ast.get_source_segment(source_a, a[x]) == ast.get_source_segment(source_b, b[x])
+    texts = [
+        {x: side[i.lineno - 1 : i.end_lineno] for x, i in nodes.items()}
+        for side, nodes in ((old, a), (new, b))
     ]
+    same = [x for x in a if "." not in x and texts[0][x] == texts[1].get(x)]
     lost = [x for names in gone.values() for x in names]
     if sorted([*same, *lost, *pairs]) != sorted({x for x in a if "." not in x} | set(pairs)):
         raise ValueError(f"{name}: in no list or in two: {set(a) ^ {*same, *lost, *pairs}}")
