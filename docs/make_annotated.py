@@ -42,6 +42,12 @@ ELEMENTS = (  # kinds of tokens, and how they are shown
     (Name.Function, "strong"),
     (Name.Class, "strong"),
 )
+DIFFS = {
+    "discrete_continuous": "discrete and continuous",
+    "discrete_atari": "discrete and Atari",
+    "atari_memory": "Atari without and with memory",
+    "discrete_rlhf": "discrete and language models",
+}
 SECTIONS = {
     "The script": "What it is, how it is started, what its names mean, and where it comes from.",
     "Configuration": "Each field is a flag of the command line, and its comment is the help.",
@@ -179,7 +185,8 @@ def head(name: str, titles: list[str]) -> list[str]:
         f"The whole of [{name}](../../{name}), every line in order. Each tag, such as `[C4]`, has",
         "a note beside its code, and a tag in the code is a link to it. What is said of all",
         "details, with sources and tests, is in [details.md](../details.md); the equations beside",
-        "their lines in all scripts are in [equations.md](../equations.md).",
+        "their lines in all scripts are in [equations.md](../equations.md). What differs between two",
+        f"scripts: {', '.join(f'[{text}](../diffs/{page}.md)' for page, text in DIFFS.items())}.",
         "",
         f"Sections: {', '.join(links)}.",
         "",

@@ -185,7 +185,9 @@ def summary(entries: dict, scripts: tuple[str, str]) -> list[str]:
 def head(scripts: tuple[str, str], intro: str) -> list[str]:
     made = "<!-- made by docs/make_diffs.py, do not edit -->"
     title = " to ".join(f"ppo_{script}.py" for script in scripts)
-    return [made, "", f"# From {title}", "", wrapped(intro), ""]
+    notes = " and ".join(f"[ppo_{x}.py](../annotated/ppo_{x}.md)" for x in scripts)
+    text = wrapped(f"{intro} With notes: {notes}.")
+    return [made, "", f"# From {title}", "", text, ""]
 
 
 def wrapped(text: str) -> str:
