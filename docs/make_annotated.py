@@ -176,6 +176,7 @@ def block(first: int, end: int, code: list[str], tags: dict[int, list[Place]]) -
 
 def head(name: str, titles: list[str]) -> list[str]:
     """What stands above the first section."""
+    diffs = [f"[{text}](../diffs/{page}.md)" for page, text in DIFFS.items()]
     links = [f"[{x}](#{re.sub('[^a-z]+', '-', x.lower())})" for x in titles]
     return [
         "<!-- made by docs/make_annotated.py, do not edit -->",
@@ -186,7 +187,7 @@ def head(name: str, titles: list[str]) -> list[str]:
         "a note beside its code, and a tag in the code is a link to it. What is said of all",
         "details, with sources and tests, is in [details.md](../details.md); the equations beside",
         "their lines in all scripts are in [equations.md](../equations.md). What differs between",
-        f"two scripts: {', '.join(f'[{text}](../diffs/{page}.md)' for page, text in DIFFS.items())}.",
+        f"two scripts: {', '.join(diffs)}.",
         "",
         f"Sections: {', '.join(links)}.",
         "",
