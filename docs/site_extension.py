@@ -1,7 +1,7 @@
 """Lets zensical render pages with site_markdown.py.
 
-Zensical calls Python-Markdown, whose rules for lists and HTML are other ones than those of forges. This
-extension of it, named in zensical.toml, does all of its work.
+Zensical calls Python-Markdown, whose rules for lists and HTML are other ones than those of forges.
+This extension of it, named in zensical.toml, does all of its work.
 """
 
 from markdown import Extension

@@ -1,10 +1,11 @@
 """How the site renders a page: by the rules of a forge, so that it reads the same on both.
 
-CommonMark with tables (markdown-it-py), headings with the anchors that GitHub gives them, formulas as
-MathML, links to the code as links to its annotated pages. No JavaScript is needed for any of it.
+CommonMark with tables (markdown-it-py), headings with the anchors that GitHub gives them, formulas
+as MathML, links to the code as links to its annotated pages. None of it needs JavaScript.
 """
 
 import html
+import itertools
 import posixpath
 import re
 from pathlib import Path
@@ -52,7 +53,7 @@ def parser() -> MarkdownIt:
 def headings(tokens) -> list[dict]:
     """Level, anchor and text of each heading, in order. The tokens get their anchors."""
     found, taken = [], set()
-    for token, inline in zip(tokens, tokens[1:], strict=False):
+    for token, inline in itertools.pairwise(tokens):
         if token.type == "heading_open":
             name = plain(inline.children)
             anchor = numbered(slug(name), taken)
