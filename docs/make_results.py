@@ -52,7 +52,7 @@ NOTES = {  # what sets the runs of a group apart, in words
 
 INTRODUCTION = """# Results
 
-Made by `python docs/make_results.py` from the runs in [results/](results), which hold every
+Made by `python docs/make.py` from the runs in [results/](results), which hold every
 episode. A score is the mean return of the last 100 training episodes of a run, played by the
 stochastic policy while it learns, as everywhere in the field. CleanRL's column is what it
 [publishes](https://github.com/vwxyzjn/cleanrl/tree/fe8d8a0/docs/benchmark) for its own scripts.
@@ -227,6 +227,11 @@ def plot(runs, path):
         axis.ticklabel_format(axis="x", style="sci", scilimits=(3, 3))
         axis.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=100, metadata={"Software": None})
+
+
+def pages() -> dict[Path, str]:
+    """What docs/make.py compares."""
+    return {DOCS / "results.md": page(load())}
 
 
 if __name__ == "__main__":
