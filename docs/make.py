@@ -4,9 +4,9 @@
     python docs/make.py --check    # writes nothing, names the pages that are stale; exit code 1
 
 Each docs/make_*.py is run as it is run alone. Those that have `pages()`, {path: text}, are
-compared. Vectors are not, for their numbers are right within a tolerance, which tests/test_vectors.py
-has. Not made here: mutations.md, by tests/mutate.py in a quarter of an hour, and the first iterations
-in vectors/, by tests/test_reference.py.
+compared. Vectors are not, for their numbers are right within a tolerance, which
+tests/test_vectors.py has. Not made here: mutations.md, by tests/mutate.py in a quarter of an hour,
+and the first iterations in vectors/, by tests/test_reference.py.
 """
 
 import importlib
@@ -36,13 +36,14 @@ def main(arguments: list[str]):
         found = sorted({path for name in names() for path in stale(name)})
         for path in found:
             print(f"stale: {path.relative_to(DOCS.parent)}")
-        sys.exit(1 if found else 0)
-    if arguments:
+        if found:
+            sys.exit(1)
+    elif arguments:
         sys.exit(__doc__)
-    for name in names():
-        print(name)
-        sys.argv = [f"{name}.py"]
-        runpy.run_path(str(DOCS / f"{name}.py"), run_name="__main__")
+    else:
+        for name in names():
+            print(name)
+            runpy.run_path(str(DOCS / f"{name}.py"), run_name="__main__")
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from pygments.util import ClassNotFound
 DOCS = Path(__file__).resolve().parent
 ROOT = DOCS.parent
 SERVED = {".md", ".json", ".csv", ".png", ".svg", ".yaml"}  # what of docs/ is on the site
+HREF = re.compile(r'(<a\b[^>]*?)\s+href="([^"]*)"')
 
 
 def slug(title: str) -> str:
@@ -93,12 +94,17 @@ def target(link: str, page: str, forge: str = "") -> str | None:
             line = re.match(r"L\d+", anchor)
             here = posixpath.relpath(annotated, folder or ".")
             return here + (f"#{line[0]}" if line else "")
-    if path.startswith("docs/") and Path(path).suffix in SERVED:
+    is_table = path.startswith("docs/results/") and path.endswith(".md")  # part of another page
+    if path.startswith("docs/") and Path(path).suffix in SERVED and not is_table:
         return link
     if forge:
         kind = "tree" if (ROOT / path).is_dir() else "blob"
         return f"{forge}/{kind}/main/{path}" + (f"#{anchor}" if anchor else "")
     return None
+
+
+def attribute(link: str | None) -> str:
+    return "" if link is None else f' href="{link}"'
 
 
 def relink(tokens, page: str, forge: str):
@@ -109,16 +115,14 @@ def relink(tokens, page: str, forge: str):
             to = target(token.attrGet("href"), page, forge)
             opened.append(to)
             if to is None:
-                token.hidden, token.tag, token.attrs = False, "span", {}
+                token.tag, token.attrs = "span", {}
             else:
                 token.attrSet("href", to)
         elif token.type == "link_close" and opened.pop() is None:
             token.tag = "span"
         elif token.type in ("html_inline", "html_block"):
-            token.content = re.sub(
-                r'(<a\b[^>]*\bhref=")([^"]*)"',
-                lambda found: f'{found[1]}{target(found[2], page, forge) or "#"}"',
-                token.content,
+            token.content = HREF.sub(
+                lambda found: found[1] + attribute(target(found[2], page, forge)), token.content
             )
         if token.children:
             relink(token.children, page, forge)
