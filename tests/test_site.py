@@ -246,13 +246,13 @@ def test_headings_within_headings():
 
 def test_formulas_become_mathml():
     text, _ = site_markdown.render(
-        "The ratio $r_t = \\frac{a}{b}$ costs 5$ or `$x$`.\n\n"
+        "The ratio $r_t = \\frac{a}{b}$ costs 5$, 3$a$ or `$x$`.\n\n"
         "$$\n\\min(r, 1) \\leq \\mathrm{clip}\n$$\n\n"
         "```sh\necho $HOME $x$\n```\n\n| a | b |\n|---|---|\n| $\\epsilon$ | 1 |\n"
     )
     assert text.count("<math ") == 3 and text.count('display="block"') == 1
     assert "<mfrac><mrow><mi>a</mi></mrow><mrow><mi>b</mi></mrow></mfrac>" in text
-    assert "costs 5$ or <code>$x$</code>" in text
+    assert "costs 5$, 3$a$ or <code>$x$</code>" in text
     assert "$HOME" in re.sub("<[^>]+>", "", text)
     assert "script" not in text
 
