@@ -257,6 +257,12 @@ def test_formulas_become_mathml():
     assert "script" not in text
 
 
+def test_functions_keep_their_distance():
+    space = '<mspace width="0.17em"/>'
+    assert f"<mi>a</mi>{space}<mi>log</mi>{space}<mi>b</mi>" in site_markdown.formula("a \\log b")
+    assert "mspace" not in site_markdown.formula("\\log(b)")
+
+
 def test_tables_and_code_have_boxes_of_their_own():
     text, _ = site_markdown.render("| a |\n|---|\n| 1 |\n\n```python\nif x < 1: pass\n```\n")
     assert re.search(r'<div class="wide"[^>]*tabindex="0"><table class="table">', text)
