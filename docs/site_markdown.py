@@ -145,6 +145,12 @@ def formula(latex: str, display: str = "inline") -> str:
     return re.sub(f"({name})(?!<mo|</mrow>)", rf"\1{space}", text)
 
 
+def words(text: str) -> str:
+    """Code within a sentence; a line may end within a long one, never behind the -- of a flag."""
+    kind = ' class="short"' if len(text) <= 24 else ""
+    return f"<code{kind}>{html.escape(text)}</code>"
+
+
 def render(text: str, page: str = "index.md", forge: str = "") -> tuple[str, list[dict]]:
     """HTML and headings of a page."""
     md = parser()
@@ -154,6 +160,7 @@ def render(text: str, page: str = "index.md", forge: str = "") -> tuple[str, lis
     rules = md.renderer.rules
     rules["fence"] = lambda tokens, i, *_: code(tokens[i].content, tokens[i].info.strip())
     rules["code_block"] = lambda tokens, i, *_: code(tokens[i].content, "text")
+    rules["code_inline"] = lambda tokens, i, *_: words(tokens[i].content)
     rules["math_inline"] = lambda tokens, i, *_: formula(tokens[i].content)
     rules["math_block"] = lambda tokens, i, *_: (
         f'<div class="equation">{formula(tokens[i].content, "block")}</div>\n'

@@ -252,7 +252,7 @@ def test_formulas_become_mathml():
     )
     assert text.count("<math ") == 3 and text.count('display="block"') == 1
     assert "<mfrac><mrow><mi>a</mi></mrow><mrow><mi>b</mi></mrow></mfrac>" in text
-    assert "costs 5$, 3$a$ or <code>$x$</code>" in text
+    assert 'costs 5$, 3$a$ or <code class="short">$x$</code>' in text
     assert "$HOME" in re.sub("<[^>]+>", "", text)
     assert "script" not in text
 
@@ -269,6 +269,12 @@ def test_tables_and_code_have_boxes_of_their_own():
     assert text.count("<div") == text.count("</div>") == 2
     assert '<span class="k">if</span>' in text and "&lt;" in text
     assert "<span" not in site_markdown.code("a < b\n", "mermaid").replace("<span></span>", "")
+
+
+def test_flags_stay_in_one_piece():
+    text, _ = site_markdown.render("`--target-kl <x>` and `loss = policy_loss + vf_coef * x`")
+    assert '<code class="short">--target-kl &lt;x&gt;</code>' in text
+    assert "<code>loss = policy_loss" in text
 
 
 def test_lists_are_read_as_on_a_forge():
