@@ -368,6 +368,8 @@ def page(runs, peers, long):
             lines += ["", precisions(runs)]
         elif missed := misses(groups, of_section):
             lines += ["", missed]
+        if absent := [name_of(x) for x in groups if not select(of_section, x.env_id, x.changes)]:
+            lines += ["", f"Not run yet: {', '.join(absent)}."]
         lines += ["", f"![{section}: return over steps and time](results/{picture(section)})"]
     lines += [
         "",
