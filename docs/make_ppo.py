@@ -91,7 +91,7 @@ def clip(ratio: float, advantage: float, epsilon: float = EPSILON) -> tuple[floa
 
 
 def clip_table() -> str:
-    body = [("ratio", "advantage", "objective", "gradient", "`clipfrac`", "what it means")]
+    body = [("ratio", "advantage", "objective", "gradient", "clipfrac", "what it means")]
     for ratio, advantage, words in CLIP_ROWS:
         where = "below" if ratio < 1 - EPSILON else "above" if ratio > 1 + EPSILON else "within"
         numbers = [f"{x + 0.0:.1f}" for x in clip(ratio, advantage)]  # no -0.0
@@ -120,7 +120,9 @@ def clip_picture() -> str:
         axis.text(0.08, -1.1, "A = -1, bad", color=ORANGE)
         axis.text(1.25, 0.9, "no gradient", color=BLUE)
         axis.text(0.08, -1.4, "no gradient", color=ORANGE)
-        axis.text(1.0, -1.95, "1 - ε to 1 + ε", color="0.3", ha="center", fontsize=10)
+        axis.text(
+            1.0, -1.95, r"$1 - \epsilon$ to $1 + \epsilon$", color="0.3", ha="center", fontsize=10
+        )
         axis.set(xlabel="ratio: new probability / old", ylabel="objective, the larger the better")
         axis.set(
             xlim=(0, 2), ylim=(-2.1, 2.1), xticks=[0, 0.8, 1, 1.2, 2], yticks=[-2, -1, 0, 1, 2]
@@ -247,7 +249,7 @@ def default_table() -> str:
         values = [getattr(x, name, "") for x in args.values()]
         values = [f"{x:g}" if isinstance(x, int | float) else x for x in values]
         values = ["none" if x is None else x for x in values]
-        body.append((f"`{name}`", *values))
+        body.append((name, *values))
     return table(*body)
 
 
@@ -308,19 +310,28 @@ CASES = [
         "the value function learns nothing",
         ACROBOT,
         "--vf-coef 0",
-        "",
+        "--max-grad-norm 100",
         "explained_variance",
         "last",
         "`--vf-coef` up, `--learning-rate` up, rewards of order 1, `--no-clip-vloss`",
     ),
     Case(
         "the horizon is too short",
-        ACROBOT,
-        "--gamma 0.5",
+        CARTPOLE,
+        "--gamma 0",
         "",
         "value_loss",
         "last",
         "`--gamma` up: rewards count for about 1 / (1 - gamma) steps",
+    ),
+    Case(
+        "the policy hardly moves",
+        ACROBOT,
+        "",
+        "--max-grad-norm 100",
+        "entropy",
+        "last",
+        "`--max-grad-norm` up, `--vf-coef` down, smaller rewards",
     ),
 ]
 SEEDS = (1, 2, 3)
@@ -409,7 +420,9 @@ def spread(values: list[float], digits: int) -> str:
 def failure_table() -> str:
     """Means over the seeds, with the least and the most, beside those of the other runs."""
     _, rows = load()
-    body = [("", "what is seen first", "there", "else", "return there", "else", "what to turn")]
+    body = [
+        ("", "what is seen first", *("there", "beside", "return there", "beside"), "what to turn")
+    ]
     for number, case in enumerate(CASES, 1):
         cells = []
         for name, when in ((case.metric, case.when), ("return", "last")):
