@@ -440,12 +440,11 @@ def command_block() -> str:
     facts, _ = load()
     lines = []
     for number, case in enumerate(CASES, 1):
-        lines.append(f"{command(case, 1)}  # {number}")
-    lines.append("")
+        lines += [f"# {number}", command(case, 1)]
     others = list(dict.fromkeys(command(case, 1, False) for case in CASES))
     for line in others:
         numbers = [str(n) for n, x in enumerate(CASES, 1) if command(x, 1, False) == line]
-        lines.append(f"{line}  # beside {', '.join(numbers)}")
+        lines += [f"# beside {', '.join(numbers)}", line]
     commits = ", ".join(sorted({x["git_commit"][:12] for x in facts.values()}))
     where = "; ".join(sorted({f"{x['cpu']}, device {x['device']}" for x in facts.values()}))
     end = f"Each with seeds {', '.join(map(str, SEEDS))}; commit {commits}; {where}."

@@ -98,7 +98,7 @@ def test_links_to_words_that_are_not_there_or_twice_are_refused():
 @pytest.mark.parametrize("case", make_ppo.CASES, ids=lambda case: case.title)
 def test_failure_has_its_runs(case):
     """Its command parses, differs from that beside it, and both are kept with all seeds."""
-    assert f"\n{make_ppo.command(case, 1)}  #" in part("commands")
+    assert f"\n{make_ppo.command(case, 1)}\n" in part("commands")
     for seed in make_ppo.SEEDS:
         lines = [make_ppo.command(case, seed, provoked) for provoked in (True, False)]
         provoked, other = map(make_ppo.args_of, lines)
@@ -124,6 +124,13 @@ def test_failures_are_failures(case):
     assert there.mean() < beside.mean()
     signs = [[make_ppo.looked_at(x[case.metric], case.when) for x in group] for group in runs]
     assert max(signs[0]) < min(signs[1]) or min(signs[0]) > max(signs[1])
+
+
+def test_seeds_that_fail_and_the_one_that_does_not():
+    """As the page says of numbers 1 and 3."""
+    for number, low in ((0, 20), (2, -400)):
+        lines = [make_ppo.command(make_ppo.CASES[number], seed) for seed in make_ppo.SEEDS]
+        assert [ROWS[line]["return"][-1] < low for line in lines] == [True, True, False]
 
 
 def test_norm_of_the_gradient_that_hides_the_policy():
