@@ -23,24 +23,31 @@ LINES = {path.name: path.read_text().count("\n") for path in ROOT.glob("ppo_*.py
 
 # A question, where it is answered, and a word of the answer.
 QUESTIONS = {
-    "What is the clip for?": ("details.md#c8", "several epochs over the same batch"),
-    "Where is the value loss?": ("details.md#c9", "value_losses"),
+    "What is the clip for?": ("ppo.md#what-the-clip-is-for", "go too far"),
+    "Where is the value loss?": ("annotated/ppo_discrete.md#C9", "value_losses"),
     "Which detail matters?": ("details.md#the-implementation-details", "Generalized advantage"),
-    "Why is my KL negative?": ("rlhf.md#when-it-goes-wrong", "the KL is negative"),
-    "What differs for continuous actions?": ("details.md#r1", "Normal"),
-    "What does my metric mean?": ("rlhf.md#reading-the-curves", "objective/kl"),
-    "My run does not learn. What now?": ("rlhf.md#when-it-goes-wrong", "nothing is learned"),
+    "Which number do I change first?": ("ppo.md#what-to-tune-and-how-far", "sweep.yaml"),
+    "Why is my KL negative?": ("ppo.md#why-is-my-kl-negative", "estimate"),
+    "What differs for continuous actions?": ("diffs/discrete_continuous.md", "Normal"),
+    "What does my metric mean?": ("ppo_discrete.md#metrics", "`losses/explained_variance`"),
+    "My run does not learn. What now?": ("ppo.md#when-it-goes-wrong", "`explained_variance`"),
+    "PPO, GRPO, DPO or something else?": ("ppo.md#ppo-beside-its-relatives", "ZPPO"),
+    "Which line is which equation?": ("equations.md", "The clipped surrogate objective"),
 }
 
 # Programs whose pages are compared by a test of their own, which has read the runs for more.
 COMPARED = {
+    "make_annotated": "test_annotated.py",
     "make_check": "test_check_page.py",
     "make_critic": "test_critic_page.py",
     "make_details": "test_details.py",
+    "make_diffs": "test_annotated.py",
+    "make_equations": "test_annotated.py",
     "make_larger": "test_larger_page.py",
     "make_performance": "test_results.py",
     "make_results": "test_results.py",
     "make_rlhf": "test_rlhf_results.py",
+    "make_scripts": "test_script_pages.py",
     "make_smollm2": "test_language_models_page.py",
 }
 
