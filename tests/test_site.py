@@ -45,6 +45,7 @@ COMPARED = {
     "make_equations": "test_annotated.py",
     "make_larger": "test_larger_page.py",
     "make_performance": "test_results.py",
+    "make_ppo": "test_ppo_page.py",
     "make_results": "test_results.py",
     "make_rlhf": "test_rlhf_results.py",
     "make_scripts": "test_script_pages.py",
