@@ -2,8 +2,8 @@
 
     python benchmarks/last_minibatch.py
 
-One run of ppo_discrete.py with default settings but for its length. Writes last_minibatch.csv, a row
-for each iteration and loss, and last_minibatch.json, where it comes from.
+One run of ppo_discrete.py with default settings but for its length. Writes last_minibatch.csv, a
+row for each iteration and loss, and last_minibatch.json, where it comes from.
 """
 
 import csv

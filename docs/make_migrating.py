@@ -50,10 +50,10 @@ SB3 = {
     "ent_coef": ("ent_coef", ""),
     "vf_coef": ("vf_coef", "of the whole square there, of half of it here: 0.5 there is 1 here"),
     "max_grad_norm": ("max_grad_norm", ""),
-    "use_sde": (None, "none"),
-    "sde_sample_freq": (None, "none"),
-    "rollout_buffer_class": (None, "none"),
-    "rollout_buffer_kwargs": (None, "none"),
+    "use_sde": (None, ""),
+    "sde_sample_freq": (None, ""),
+    "rollout_buffer_class": (None, ""),
+    "rollout_buffer_kwargs": (None, ""),
     "target_kl": ("target_kl", "there before the step whose minibatch is above 1.5 times it; here"
                   " after an epoch whose mean is above it"),
     "stats_window_size": (None, "100, in `charts/mean_episodic_return`"),
@@ -151,7 +151,7 @@ def sb3_flags() -> str:
         if len(here) > 1:
             here = [shown(x[own]) for x in ours]
         cells = [f"`{name}`", flag(own) if own else "none", there]
-        rows.append((*cells, ", ".join(f"`{x}`" for x in here), words if own else words))
+        rows.append((*cells, ", ".join(f"`{x}`" for x in here), words))
     return table(rows)
 
 
@@ -163,8 +163,7 @@ def pages() -> dict[Path, str]:
     text = PAGE.read_text()
     for name, part in PARTS.items():
         marks = (f"<!-- {name}, by make_migrating.py -->\n", f"<!-- end of {name} -->")
-        before, middle, after = re.split("|".join(map(re.escape, marks)), text)
-        assert middle is not None
+        before, _, after = re.split("|".join(map(re.escape, marks)), text)
         text = f"{before}{marks[0]}\n{part()}\n{marks[1]}{after}"
     return {PAGE: text}
 
