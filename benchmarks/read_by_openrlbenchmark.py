@@ -31,10 +31,10 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 RUNS = [  # script, flags, tag
-    *(("ppo_discrete", f"--seed {seed} --total-timesteps 32768", "") for seed in (1, 2, 3)),
-    ("ppo_discrete", "--exp-name ppo --total-timesteps 32768", "paper"),
-    ("ppo_discrete", "--env-id Acrobot-v1 --total-timesteps 8192", ""),
-    ("ppo_atari", "--env-id ALE/Breakout-v5 --total-timesteps 4096", ""),
+    *(("ppo_discrete", f"--seed {seed} --total-timesteps 16384", "") for seed in (1, 2, 3)),
+    ("ppo_discrete", "--exp-name ppo --total-timesteps 16384", "paper"),
+    ("ppo_discrete", "--env-id Acrobot-v1 --total-timesteps 4096", ""),
+    ("ppo_atari", "--env-id ALE/Breakout-v5 --total-timesteps 2048", ""),
 ]
 METRICS = [  # what CleanRL's ppo.py logs
     *("charts/episodic_return", "charts/episodic_length", "charts/learning_rate", "charts/SPS"),
@@ -68,7 +68,7 @@ def make_runs(folder: Path):
         how = {"WANDB_MODE": "offline", "WANDB_DIR": str(folder / str(i))}
         how |= {"WANDB_TAGS": tag} if tag else {}
         command = [sys.executable, ROOT / f"{script}.py", *flags.split(), "--no-cuda", "--track"]
-        command += ["--wandb-entity", ENTITY]
+        command += ["--no-compile", "--wandb-entity", ENTITY]
         subprocess.run(command, cwd=folder / str(i), env=env | how, check=True)
 
 
