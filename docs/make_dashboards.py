@@ -6,6 +6,7 @@ python docs/make_dashboards.py
 import csv
 import json
 import re
+import textwrap
 from pathlib import Path
 
 import numpy as np
@@ -64,13 +65,13 @@ def read() -> str:
     metrics = dict.fromkeys(row["metric"] for row in others)
     text = "".join(f"| {' | '.join(line)} |\n" for line in lines)
     versions = ", ".join(f"{k} {v}" for k, v in origin["reader"].items())
-    return (
-        f"{text}\nThe same with the other {len(metrics)} metrics of CleanRL's `ppo.py`:"
-        f" {', '.join(f'`{x}`' for x in metrics)}.\n\n"
-        f"`{origin['command']}`, {origin['date']}, reader: {versions}; runs: wandb"
-        f" {origin['versions']['wandb']}, torch {origin['versions']['torch']}; commit"
-        f" {origin['commit'][:12]}.\n"
-    )
+    words = f"The same with the other {len(metrics)} metrics of CleanRL's `ppo.py`:"
+    words += f" {', '.join(f'`{x}`' for x in metrics)}."
+    how = f"`{origin['command']}`, {origin['date']}; read with {versions}; run with wandb"
+    how += f" {origin['versions']['wandb']}, torch {origin['versions']['torch']}; commit"
+    how += f" {origin['commit'][:12]}."
+    paragraphs = [textwrap.fill(x, 100, break_on_hyphens=False) for x in (words, how)]
+    return "\n".join([text, f"{paragraphs[0]}\n", f"{paragraphs[1]}\n"])
 
 
 PARTS = {"health": health, "read": read}
