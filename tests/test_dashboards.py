@@ -7,6 +7,7 @@ import importlib.metadata
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ from types import SimpleNamespace
 
 import gymnasium as gym
 import pytest
+import tyro
 import read_by_openrlbenchmark as reading
 
 import make_dashboards
@@ -237,6 +239,28 @@ def test_what_is_sent(rlhf, monkeypatch):
 def test_made_parts_are_up_to_date():
     ((path, text),) = make_dashboards.pages().items()
     assert path.read_text() == text, "python docs/make_dashboards.py"
+
+
+def test_commands():
+    """Each flag is one, of the scripts, of docs/wandb_workspace.py and of what was tried."""
+    blocks = re.findall(r"(?ms)^```sh\n(.+?)^```$", PAGE)
+    commands = "".join(blocks).replace("\\\n", " ").splitlines()
+    parsed = {}
+    for command in commands:
+        words = [word for word in shlex.split(command) if not word.startswith("WANDB_")]
+        if words[1] == "ppo_discrete.py":
+            parsed["script"] = ppo_discrete.parse_args(words[2:])
+            assert parsed["script"].track
+        elif words[1] == "docs/wandb_workspace.py":
+            parsed["workspace"] = tyro.cli(wandb_workspace.Args, args=words[2:])
+        elif words[2:3] == ["openrlbenchmark.rlops"]:
+            (tried, *_) = reading.commands()
+            assert {x for x in words if x.startswith("--")} <= {*tried}
+            parsed["filters"] = words[-2].replace("we=YOU", "we=team")
+            assert parsed["filters"] in tried
+        else:
+            assert words[0] in ("wandb", "pip"), words
+    assert parsed.keys() == {"script", "workspace", "filters"}
 
 
 def execute(program, run):
