@@ -15,8 +15,8 @@ from types import SimpleNamespace
 
 import gymnasium as gym
 import pytest
-import tyro
 import read_by_openrlbenchmark as reading
+import tyro
 
 import make_dashboards
 import ppo_discrete

@@ -173,9 +173,7 @@ def test_numbers_come_from_the_stored_files():
 def test_baselines_names():
     """Each of its names beside one of ours, in the same order."""
     text = CLASSIC.partition("## Baselines and LeanRL")[2]
-    theirs, ours = re.search(
-        r"place|(`nsteps`.+?) are (.+?);", text[text.index("`nsteps`") :], re.S
-    ).groups()
+    theirs, ours = re.search(r"(`nsteps`.+?)\sare\s(.+?);", text, re.S).groups()
     ours = [x[2:].replace("-", "_") for x in names(ours)]
     assert dict(zip(names(theirs), ours, strict=True)) == {
         "nsteps": "num_steps",
