@@ -54,11 +54,11 @@ def read() -> str:
     origin = json.loads(READ.with_suffix(".json").read_text())
     with open(READ.with_suffix(".csv")) as file:
         rows = list(csv.DictReader(file))
-    header = ["openrlbenchmark", "environment", "filter", "metric", "runs", "rows", "last 100"]
-    lines = [[*header, "`metrics.csv`"], ["---"] * 8]
+    header = ["openrlbenchmark", "environment", "filter", "runs", "rows", "last 100"]
+    lines = [[*header, "`metrics.csv`"], ["---"] * 7]
     for row in rows:
         if row["metric"] == "charts/episodic_return":
-            names = (f"`{row['env_id']}`", f"`{row['filter']}`", f"`{row['metric']}`")
+            names = (f"`{row['env_id']}`", f"`{row['filter']}`")
             numbers = (row["found"], row["rows"], row["score"])
             lines.append([row["version"][:12], *names, *numbers, row["ours_score"]])
     others = [row for row in rows if row["metric"] != "charts/episodic_return"]
