@@ -24,6 +24,7 @@ import wandb_workspace
 from conftest import ROOT, metrics, train
 from test_runs import ITERATION_METRICS
 
+pytestmark = pytest.mark.xdist_group("dashboards")  # one run for all
 PAGE = (ROOT / "docs" / "dashboards.md").read_text()
 PROGRAMS = re.findall(r"(?ms)^```python\n(.+?)^```$", PAGE)
 TENSORBOARD, MLFLOW, ONE_RUN, ALL_RUNS = PROGRAMS
