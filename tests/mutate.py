@@ -11,7 +11,8 @@ share is changed in all of them at once, or their sameness would be what gives i
 
 A mutant is caught if a test fails, or does not end, among those that docs/details.toml names for
 the detail; it has survived if all of them pass. One that no test can tell from the original is
-equivalent, and mutations.toml says why. The exit status is 1 if any other has survived.
+equivalent, and mutations.toml says why. The exit status is 1 if any other has survived. A mutant of
+a line with two tags is counted for both.
 
 Mutants of lines without a tag are drawn at random from the syntax trees of the scripts, all of them
 alike. No docstring, annotation, import, f-string or text of an error is changed: they are no
@@ -19,9 +20,11 @@ behaviour. A mutant is tried against the tests that run its script, without thos
 two minutes: quick ones that run its very line first. Which lines a test runs, also in the processes
 it starts, is written down beforehand, without any mutation.
 
-A vector is a file of docs/vectors/; its test computes it by the scripts. Each is tried with all
-mutants of the details it names whose line it runs; the others are of default values, of other
-scripts, or of what a call of one function does not need.
+A vector is a file of docs/vectors/; its test computes it by the scripts. Each is tried with those
+mutants of the details it names whose line it runs, but for equivalent ones; the others are of
+default values, of other scripts, or of what a call of one function does not need. None has to
+notice all of them: each of its details has tests of its own. The exit status is 1 if one notices
+nothing.
 
 torch, gymnasium and pytest are imported once; each mutant is tried in a fork of this process, in a
 private copy of the repository.
@@ -34,6 +37,7 @@ import dataclasses
 import importlib
 import itertools
 import json
+import math
 import os
 import random
 import re
@@ -196,9 +200,14 @@ def is_constant(node) -> bool:
 
 
 def is_product(node) -> bool:
-    """But not of a text."""
-    product = isinstance(node, ast.BinOp) and isinstance(node.op, ast.Mult)
-    return product and not any(isinstance(x.value, str) for x in ast.walk(node) if is_constant(x))
+    return isinstance(node, ast.BinOp) and isinstance(node.op, ast.Mult) and not is_text(node)
+
+
+def is_text(node) -> bool:
+    """A text, or a sum or a product with one."""
+    if isinstance(node, ast.BinOp):
+        return is_text(node.left) or is_text(node.right)
+    return isinstance(node, ast.JoinedStr) or (is_constant(node) and isinstance(node.value, str))
 
 
 def is_assigned(node, parent) -> bool:
@@ -210,7 +219,7 @@ def is_assigned(node, parent) -> bool:
             name = getattr(node, "func", None)
             name = getattr(name, "attr", getattr(name, "id", "Name"))
             number = is_constant(node) and type(node.value) in (int, float)
-            arithmetic = isinstance(node, ast.BinOp | ast.UnaryOp)
+            arithmetic = isinstance(node, ast.BinOp | ast.UnaryOp) and not is_text(node)
             return node is parent.value and (number or arithmetic or name[0].islower())
     return False
 
@@ -403,8 +412,9 @@ class Recorder:
     which lines of the scripts it ran; and what failed.
     """
 
-    def __init__(self, folder: Path, names: tuple[str, ...], traced: bool):
-        self.path, self.names, self.lines = folder / "record.json", names, folder / "lines"
+    def __init__(self, folder: Path, names: tuple[str, ...], traced: bool, limits: dict):
+        self.names, self.limits = names, limits
+        self.path, self.lines = folder / "record.json", folder / "lines"
         self.seconds, self.passed, self.failed, self.ran = Counter(), [], [], {}
         self.tracer = {"seen": set()}
         if traced:
@@ -417,7 +427,8 @@ class Recorder:
     def pytest_collection_modifyitems(self, items):
         items[:] = [item for item in items if item.name.startswith(self.names)]
 
-    def pytest_runtest_logstart(self):
+    def pytest_runtest_logstart(self, nodeid):
+        signal.alarm(60 + 10 * math.ceil(self.limits.get(nodeid, 60)))  # the end, if it hangs
         self.tracer["seen"].clear()
         self.lines.write_text("")
 
@@ -437,10 +448,11 @@ class Recorder:
         self.path.write_text(json.dumps([passed, self.failed]))
 
 
-def fork(folder: Path, tests: list[str], *flags: str, names=("",), traced=False) -> int:
-    """Start pytest in a copy of the repository. Returns the id of the process."""
+def fork(folder: Path, tests: dict[str, float], *flags: str, names=("",), traced=False) -> int:
+    """Start pytest in a copy of the repository, of tests or files and the seconds they take: first
+    a few, as a mistake shows soon, and fewer files are read. Returns the id of the process.
+    """
     sys.stdout.flush()
-    (folder / "record.json").unlink(missing_ok=True)
     if pid := os.fork():
         return pid
     status = 1
@@ -452,8 +464,13 @@ def fork(folder: Path, tests: list[str], *flags: str, names=("",), traced=False)
         del sys.modules["make_details"]
         flags += ("-q", "-n0", "-p", "no:cacheprovider")  # in this process
         flags += (f"--rootdir={folder}", f"--basetemp={folder}/tmp")
-        recorder = Recorder(folder, names, traced)
-        status = importlib.import_module("pytest").main([*flags, *tests], plugins=[recorder])
+        recorder = Recorder(folder, names, traced, tests)
+        parts = [[*tests][:9], [*tests][9:]] if "-x" in flags else [[*tests]]
+        for part in filter(None, parts):
+            recorder.path.unlink(missing_ok=True)
+            status = importlib.import_module("pytest").main([*flags, *part], plugins=[recorder])
+            if status:
+                break
     except BaseException:
         traceback.print_exc()
     finally:
@@ -485,23 +502,29 @@ def copy_repository(folder: Path):
     shutil.copytree(ROOT / "tests", folder / "tests", ignore=lambda *_: ["__pycache__"])
 
 
-def baseline(folder: Path, tests: list[tuple[str, str]], traced: bool) -> dict[str, tuple]:
+def baseline(folders: list[Path], tests: list[tuple[str, str]], traced: bool) -> dict[str, tuple]:
     """test -> seconds and lines of each (file, name); without any mutation all have to pass."""
-    if not tests:
-        return {}
     files, names = sorted({f"tests/{file}" for file, _ in tests}), tuple(name for _, name in tests)
-    pid, begin = fork(folder, files, names=names, traced=traced), time.monotonic()
+    begin, pids, known, failed = time.monotonic(), [], {}, []
     try:
-        while ended(pid, time.monotonic() + 1) is None:
-            time.sleep(0.1)
-    except BaseException:
-        ended(pid, 0.0)
-        raise
-    known, failed = record(folder)
+        for i, folder in enumerate(folders):
+            some = dict.fromkeys(files[i :: len(folders)], 0.0)
+            pids += [fork(folder, some, names=names, traced=traced)] if some else []
+        for pid, folder in zip(pids, folders, strict=False):
+            while ended(pid, math.inf) is None:
+                time.sleep(0.1)
+            passed, wrong = record(folder)
+            known |= passed
+            failed += wrong
+    finally:
+        for pid in pids:
+            with contextlib.suppress(ChildProcessError):
+                ended(pid, 0.0)
     if failed:
         sys.exit(f"without any mutation these tests fail: {', '.join(failed)}")
     print(f"{len(known)} tests pass without any mutation, in {time.monotonic() - begin:.0f} s")
-    shutil.rmtree(folder / "__pycache__", ignore_errors=True)  # a mutant may look like what it has
+    for folder in folders:  # a mutant may look like what it has
+        shutil.rmtree(folder / "__pycache__", ignore_errors=True)
     sys.dont_write_bytecode = True
     os.environ["PYTHONDONTWRITEBYTECODE"] = "1"
     return {test: (seconds, set(lines)) for test, (seconds, lines) in known.items()}
@@ -554,21 +577,20 @@ def attempt(mutants: list[Mutant], scripts: list[Script], jobs: int, mode: str):
             importlib.import_module(name)
     with tempfile.TemporaryDirectory(prefix="mutate-", ignore_cleanup_errors=True) as top:
         folders = [Path(top) / str(i) for i in range(jobs)]
-        copy_repository(folders[0])
-        write(folders[0], scripts, {})
-        known = baseline(folders[0], tests, traced=mode != "tagged")
-        for folder in folders[1:]:
-            shutil.copytree(folders[0], folder)
+        for folder in folders:
+            copy_repository(folder)
+            write(folder, scripts, {})
+        known = baseline(folders, tests, traced=mode != "tagged")
         waiting, running = mutants[::-1], {}
         try:
             while waiting or running:
                 over = []
                 if waiting and folders:
                     mutant = waiting.pop()
-                    if tests := choose(mutant, known):
+                    mutant.tried = choose(mutant, known)
+                    if tests := {test: known[test][0] for test in mutant.tried}:
                         write(folders[-1], scripts, mutant.edits)
-                        mutant.tried = tests
-                        deadline = time.monotonic() + 30 + 5 * sum(known[x][0] for x in tests)
+                        deadline = time.monotonic() + 30 + 5 * sum(tests.values())
                         pid = fork(folders[-1], tests, *flags)
                         running[pid] = mutant, folders.pop(), deadline
                     else:
@@ -626,18 +648,21 @@ def report(mutants: list[Mutant]) -> list[str]:
 
 
 def report_vectors(mutants: list[Mutant]) -> list[str]:
-    """A row for each vector, then what it runs and does not notice."""
+    """A row for each vector, then which mutants it runs and does not notice."""
     rows, missed = [], {}
     for name, (detail, test) in vectors().items():
         group = [x for x in mutants if {*x.tags} & {*detail}]
         tried = [x for x in group if any(y.endswith(test) for y in x.tried)]
         unnoticed = [x for x in tried if not any(y.endswith(test) for y in x.noticed)]
         numbers = len(group), len(tried), len(tried) - len(unnoticed), len(unnoticed)
-        rows.append([name, " ".join(detail), *numbers])
+        rows.append([f"{name}.json", " ".join(detail), *numbers])
         for mutant in unnoticed:
-            missed.setdefault(str(mutant), []).append(name)
+            missed.setdefault((mutant.verdict, str(mutant)), []).append(name)
     lines = table(["vector", "details", "mutants", "tried", "noticed", "not noticed"], rows)
-    lines += ["", *(f"- `{mutant}`<br>{', '.join(names)}" for mutant, names in missed.items())]
+    for verdict, words in ("survived", "by no vector"), ("caught", "by some vectors only"):
+        some = {mutant: names for (x, mutant), names in missed.items() if x == verdict}
+        lines += ["", f"Noticed {words}: {len(some) or 'none'}; tried with", ""]
+        lines += [f"- `{mutant}`<br>{', '.join(names)}" for mutant, names in some.items()]
     return lines
 
 
@@ -687,6 +712,9 @@ def main(argv: list[str]) -> int:
         command, minutes = ["python", "tests/mutate.py", *argv], (time.monotonic() - begin) / 60
         made = f"`{shlex.join(command)}` took {minutes:.0f} minutes\nat commit {commit}."
         write_section(args.out, mode, made, lines)
+    if args.vectors:
+        seen = {test.partition("[")[2] for mutant in mutants for test in mutant.noticed}
+        return int(len(seen) < len(vectors()))
     return int(any(mutant.verdict == "survived" for mutant in mutants))
 
 
