@@ -378,12 +378,13 @@ def everything(mode: str = "tagged") -> tuple[list[Script], list[Mutant]]:
     known = tomllib.loads((ROOT / "tests" / "mutations.toml").read_text())
     mutants = automatic(scripts, mode != "untagged")
     mutants += by_hand(scripts, known["mutant"]) if mode != "untagged" else []
+    files = vectors().values() if mode == "vectors" else ()
     for mutant in mutants:
         tags = [tag for tag in mutant.tags if tag in details]
         mutant.tests = [*mutant.tests, *(x for tag in tags for x in details[tag]["tests"])]
         mutant.why = next((x["why"] for x in known["equivalent"] if is_entry(x, mutant)), "")
         if mode == "vectors":
-            mutant.tests = [test for detail, test in vectors().values() if {*detail} & {*tags}]
+            mutant.tests = [test for detail, test in files if {*detail} & {*tags}]
     return scripts, [x for x in mutants if mode != "vectors" or (x.tests and not x.why)]
 
 
@@ -667,11 +668,14 @@ def report_vectors(mutants: list[Mutant]) -> list[str]:
 
 
 def head() -> str:
-    """The commit the mutants are of."""
-    git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-    return (
-        subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip() or "unknown"
-    )
+    """The commit the mutants are of, and whether anything but the page has changed since."""
+
+    def git(*command):
+        command = ["git", "-C", str(ROOT), *command]
+        return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+
+    changed = git("status", "--porcelain", "--", ".", ":!docs/mutations.md")
+    return (git("rev-parse", "HEAD") or "unknown") + "-dirty" * bool(changed)
 
 
 def write_section(path: Path, mode: str, made: str, lines: list[str]):
