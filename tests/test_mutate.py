@@ -487,4 +487,13 @@ def test_nothing_is_tried_where_a_test_fails_anyway(monkeypatch, tmp_path):
     monkeypatch.setattr(mutate, "fork", lambda *_, **__: os.spawnlp(os.P_NOWAIT, "true", "true"))
     monkeypatch.setattr(mutate, "record", lambda _: ({}, ["test_c7_equal"]))
     with pytest.raises(SystemExit, match=r"^without .* these tests fail: test_c7_equal$"):
-        mutate.baseline([tmp_path], [("test_core.py", "test_c7_")], traced=False)
+        mutate.baseline([tmp_path], [("test_core.py", "test_c7_")], "tagged")
+
+
+def test_what_fails_anyway_is_left_out_of_many(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(mutate, "fork", lambda *_, **__: os.spawnlp(os.P_NOWAIT, "true", "true"))
+    known = {"test_a": (1.0, ["ppo_a.py:1"]), "test_b": (1.0, [])}
+    monkeypatch.setattr(mutate, "record", lambda _: (known, ["test_b"]))
+    found = mutate.baseline([tmp_path], [("test_core.py", "test_")], "untagged")
+    assert found == {"test_a": (1.0, {"ppo_a.py:1"})}
+    assert "these tests fail: test_b; they are left out" in capsys.readouterr().out
