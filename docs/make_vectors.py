@@ -331,7 +331,6 @@ def record(script, prepare=lambda agent: None, **settings):
     return agent, updates, adam.call_args.kwargs
 
 
-@functools.cache
 def annealed_run():
     """Five iterations of two steps."""
     schedules = {"anneal_lr": True, "anneal_clip": True, "anneal_ent": True}

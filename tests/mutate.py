@@ -1,6 +1,8 @@
 """Mutation testing: would the tests of a detail notice if its lines were wrong?
 
     python tests/mutate.py [--script ppo_atari.py] [--detail C5] [--sample 50] [--out PATH]
+    python tests/mutate.py --untagged 100 --seed 1 [--out PATH]
+    python tests/mutate.py --vectors [--out PATH]
 
 A mutant is a copy of the scripts with one small mistake. Operators (below) make them of the code
 that a tag such as [C5] marks: its statement, its function, its class up to `__init__`, each without
@@ -9,7 +11,20 @@ share is changed in all of them at once, or their sameness would be what gives i
 
 A mutant is caught if a test fails, or does not end, among those that docs/details.toml names for
 the detail; it has survived if all of them pass. One that no test can tell from the original is
-equivalent, and mutations.toml says why. The exit status is 1 if any other has survived.
+equivalent, and mutations.toml says why. The exit status is 1 if any other has survived. A mutant of
+a line with two tags is counted for both.
+
+Mutants of lines without a tag are drawn at random from the syntax trees of the scripts, all of them
+alike. No docstring, annotation, import, f-string or text of an error is changed: they are no
+behaviour. A mutant is tried against the tests that run its script, without those of learning, for
+two minutes: quick ones that run its very line first. Which lines a test runs, also in the processes
+it starts, is written down beforehand, without any mutation; a test that fails then is left out.
+
+A vector is a file of docs/vectors/; its test computes it by the scripts. Each is tried with those
+mutants of the details it names whose line it runs, but for equivalent ones; the others are of
+default values, of other scripts, or of what a call of one function does not need. None has to
+notice all of them: each of its details has tests of its own. The exit status is 1 if one notices
+nothing.
 
 torch, gymnasium and pytest are imported once; each mutant is tried in a fork of this process, in a
 private copy of the repository.
@@ -22,6 +37,7 @@ import dataclasses
 import importlib
 import itertools
 import json
+import math
 import os
 import random
 import re
@@ -62,9 +78,18 @@ SYMBOLS = {ast.Add: "+", ast.Sub: "-", ast.Div: "/", ast.Pow: "**", ast.BitAnd: 
 SYMBOLS |= {ast.Lt: "<", ast.LtE: "<=", ast.Gt: ">", ast.GtE: ">=", ast.And: "and", ast.Or: "or"}
 OPPOSITE = {"+": "-", "<": "<=", ">": ">=", "and": "or", "&": "|", "min": "max"}
 OPPOSITE |= {there: here for here, there in OPPOSITE.items()}
+UNDROPPED = ast.FunctionDef | ast.ClassDef | ast.AnnAssign | ast.Import | ast.ImportFrom
+WORDS = ["fail", "fault", "notice"]  # functions that say what is wrong
 DEFAULTS = ["test_defaults_"]  # tests of all default values in Args, beside those of the details
 PRELOADED = ["pytest", "numpy", "gymnasium", "ale_py", "cv2", "mujoco", "stable_baselines3"]
 PRELOADED += ["torch", "torch._dynamo", "torch.utils.tensorboard", "tqdm", "tyro"]
+PRELOADED += ["transformers", "peft", "datasets"]
+MODES = {"tagged": "Lines with a tag", "untagged": "Lines without a tag"}
+MODES |= {"vectors": "What each vector notices"}
+UNTAGGED = "atari continuous core discrete environments errors lstm numbers one_network places "
+UNTAGGED += "ranks reference resume runs vectors video watched rlhf rlhf_data rlhf_group rlhf_lora "
+UNTAGGED += "rlhf_models rlhf_ranks rlhf_runs"  # files of tests that run scripts, but to learn
+LIMIT = 120  # seconds of tests that a mutant of a line without a tag is tried against
 VERDICTS = ["caught", "equivalent", "survived", "no test"]
 
 # ------------------------------------------------------------------------------------------------
@@ -80,6 +105,9 @@ class Mutant:
     tags: list[str] = dataclasses.field(default_factory=list)
     lines: dict[str, int] = dataclasses.field(default_factory=dict)  # script -> number
     edits: dict[str, list] = dataclasses.field(default_factory=dict)  # -> [(start, end, text)]
+    places: set[str] = dataclasses.field(default_factory=set)  # script:line, to be run by a test
+    tried: list[str] = dataclasses.field(default_factory=list)  # tests
+    noticed: list[str] = dataclasses.field(default_factory=list)  # those of them that did not pass
     verdict: str = "no test"
     why: str = ""  # why it is equivalent, then what caught it
 
@@ -88,7 +116,8 @@ class Mutant:
         place = f"{script}:{line}" + (f" and {len(others)} more" if others else "")
         old, new = (textwrap.shorten(x, 110, placeholder=" ...") for x in (self.old, self.new))
         change = f"{old}  ->  {new or '(nothing)'}" if old else new
-        return f"{place} [{' '.join(self.tags)}] {self.operator}: {change}"
+        tags = f" [{' '.join(self.tags)}]" * bool(self.tags)
+        return f"{place}{tags} {self.operator}: {change}"
 
 
 class Script:
@@ -98,13 +127,16 @@ class Script:
         self.name, self.text = path.name, path.read_text()
         lengths = map(len, self.text.splitlines(keepends=True))
         self.starts = [0, *itertools.accumulate(lengths)]
-        nodes = list(ast.walk(ast.parse(self.text)))
-        self.statements = [node for node in nodes if isinstance(node, ast.stmt)]
+        nodes = list(ast.walk(tree := ast.parse(self.text)))
+        self.spans = [(node, *self.span(node)) for node in nodes if isinstance(node, ast.stmt)]
         marks = [node for node in nodes if isinstance(node, ast.stmt | ast.keyword)]
         outermost = {node.lineno: node for node in reversed(marks)}
         self.tags = {}  # node -> its tags
         for site in make_details.find_sites(path):
             self.tags.setdefault(outermost[site.first], []).append(site.tag)
+        classes = [node for node in self.tags if isinstance(node, ast.ClassDef)]
+        methods = [[x for x in node.body if isinstance(x, ast.FunctionDef)] for node in classes]
+        self.rest = [tree, *(x for some in methods for x in some[1:])]  # with what has no tag
 
     def span(self, node):
         start = self.starts[node.lineno - 1] + node.col_offset
@@ -118,23 +150,27 @@ class Script:
         atom = isinstance(node, ast.Name | ast.Attribute | ast.Call | ast.Subscript | ast.Constant)
         return self.of(node) if atom else f"({self.of(node)})"
 
+    def places(self, first: int, end: int) -> set[str]:
+        """From one line to that of a character."""
+        return {f"{self.name}:{i}" for i in range(first, self.text.count("\n", 0, end) + 2)}
+
     def around(self, start: int) -> list[ast.stmt]:
         """The statements around a character, from the outside in."""
-        spans = [(node, self.span(node)) for node in self.statements]
-        return [node for node, (a, b) in spans if a <= start < b]
+        return [node for node, first, end in self.spans if first <= start < end]
 
 
 def children(node):
-    """What is code: no docstring, annotation, index; of a class nothing behind its first method."""
+    """What behaves: no docstring, annotation, index, import, no words of an error or a notice."""
     match node:
         case ast.ClassDef(body=nodes):
-            methods = [i for i, child in enumerate(nodes) if isinstance(child, ast.FunctionDef)]
-            nodes = nodes[: methods[0] + 1] if methods else nodes
+            pass
         case ast.FunctionDef(args=args, body=body):
             nodes = [*args.defaults, *args.kw_defaults, *body]
         case ast.AnnAssign(value=value) | ast.Subscript(value=value):
             nodes = [value]
-        case ast.JoinedStr():
+        case ast.JoinedStr() | ast.Raise() | ast.Import() | ast.ImportFrom():
+            nodes = []
+        case ast.Call(func=ast.Attribute(attr=name) | ast.Name(id=name)) if name in WORDS:
             nodes = []
         case ast.Call():
             nodes = [child for child in ast.iter_child_nodes(node) if child not in axes(node)]
@@ -164,7 +200,14 @@ def is_constant(node) -> bool:
 
 
 def is_product(node) -> bool:
-    return isinstance(node, ast.BinOp) and isinstance(node.op, ast.Mult)
+    return isinstance(node, ast.BinOp) and isinstance(node.op, ast.Mult) and not is_text(node)
+
+
+def is_text(node) -> bool:
+    """A text, or a sum or a product with one."""
+    if isinstance(node, ast.BinOp):
+        return is_text(node.left) or is_text(node.right)
+    return isinstance(node, ast.JoinedStr) or (is_constant(node) and isinstance(node.value, str))
 
 
 def is_assigned(node, parent) -> bool:
@@ -176,7 +219,7 @@ def is_assigned(node, parent) -> bool:
             name = getattr(node, "func", None)
             name = getattr(name, "attr", getattr(name, "id", "Name"))
             number = is_constant(node) and type(node.value) in (int, float)
-            arithmetic = isinstance(node, ast.BinOp | ast.UnaryOp)
+            arithmetic = isinstance(node, ast.BinOp | ast.UnaryOp) and not is_text(node)
             return node is parent.value and (number or arithmetic or name[0].islower())
     return False
 
@@ -192,7 +235,7 @@ def changes(script: Script, node, parent):
         return operator, at, at + len(old), OPPOSITE[old]
 
     if isinstance(node, ast.stmt):
-        if not isinstance(node, ast.FunctionDef | ast.ClassDef | ast.AnnAssign):
+        if not isinstance(node, UNDROPPED):
             yield "drop", start, end, "pass"
     elif isinstance(node, ast.keyword) and not parent:
         yield "drop", start, re.compile(",?").match(script.text, end).end(), ""
@@ -228,7 +271,7 @@ def changes(script: Script, node, parent):
             for axis in axes(node):
                 number, (_, last) = of(axis).split("=")[-1], span(axis)
                 yield "axis", last - len(number), last, "1" if number == "0" else "0"
-        case ast.Subscript(slice=index):
+        case ast.Subscript(slice=index) if of(node.value) != "Annotated":
             for part in getattr(index, "elts", [index]):
                 for x in (part.lower, part.upper) if isinstance(part, ast.Slice) else (part,):
                     if isinstance(x, ast.Name | ast.Attribute | ast.BinOp | ast.UnaryOp):
@@ -256,12 +299,15 @@ def clean(code: str) -> str:
     return " ".join(filter(None, lines))
 
 
-def automatic(scripts: list[Script]) -> list[Mutant]:
-    """All mutants by operators; one of a line that several scripts share is one of all of them."""
+def automatic(scripts: list[Script], tagged: bool = True) -> list[Mutant]:
+    """All mutants by operators of what has a tag, or of what has none; one of a line that several
+    scripts share is one of all of them.
+    """
     found = {}
     for script in scripts:
         text, seen, counts = script.text, set(), Counter()
-        nodes = [(top, *x) for top in script.tags for x in walk(top, script.tags.keys() - {top})]
+        tops, all_tops = script.tags if tagged else script.rest, {*script.tags, *script.rest}
+        nodes = [(top, *x) for top in tops for x in walk(top, all_tops - {top})]
         for top, node, parent in nodes:
             for operator, start, end, new in changes(script, node, parent):
                 *_, statement = around = script.around(start)
@@ -281,7 +327,9 @@ def automatic(scripts: list[Script]) -> list[Mutant]:
                     mutant = found.setdefault((place, counts[place]), mutant)
                     mutant.edits[script.name] = [(start, end, new)]
                     mutant.lines[script.name] = text.count("\n", 0, start) + 1
-                    mutant.tags += [x for x in script.tags[top] if x not in mutant.tags]
+                    mutant.places |= script.places(statement.lineno, end)
+                    tags = script.tags.get(top, [])
+                    mutant.tags += [x for x in tags if x not in mutant.tags]
     return list(found.values())
 
 
@@ -299,6 +347,9 @@ def by_hand(scripts: list[Script], table: list[dict]) -> list[Mutant]:
                 news = [change["new"] for change in entry["change"]]
                 mutants[-1].edits[script.name] = list(zip(starts, ends, news, strict=True))
                 mutants[-1].lines[script.name] = script.text.count("\n", 0, starts[0]) + 1
+                for start, end in zip(starts, ends, strict=True):
+                    first = script.text.count("\n", 0, start) + 1
+                    mutants[-1].places |= script.places(first, end)
     return mutants
 
 
@@ -309,32 +360,81 @@ def is_entry(entry: dict, mutant: Mutant) -> bool:
     return same and f"ppo_{entry['script']}.py" in mutant.edits
 
 
-def everything() -> tuple[list[Script], list[Mutant]]:
-    """All scripts and all mutants, those known to be equivalent with their reason."""
+def vectors() -> dict[str, tuple[list[str], str]]:
+    """name -> its details and its test"""
+    found = {}
+    for path in sorted((ROOT / "docs" / "vectors").glob("*.json")):
+        name, first = path.stem, path.stem.removeprefix("first_iteration_")
+        test = f"test_up_to_date[{name}]"
+        test = test if name == first else f"test_first_iteration_equals_the_vectors[{first}]"
+        found[name] = json.loads(path.read_text())["detail"], test
+    return found
+
+
+def everything(mode: str = "tagged") -> tuple[list[Script], list[Mutant]]:
+    """All scripts and all mutants of a mode, those known to be equivalent with their reason."""
     paths = sorted(ROOT.glob("ppo_*.py"), key=lambda path: (path.stem != "ppo_discrete", path))
     scripts, details = [Script(path) for path in paths], make_details.table()
-    table = tomllib.loads((ROOT / "tests" / "mutations.toml").read_text())
-    mutants = automatic(scripts) + by_hand(scripts, table["mutant"])
+    known = tomllib.loads((ROOT / "tests" / "mutations.toml").read_text())
+    mutants = automatic(scripts, mode != "untagged")
+    mutants += by_hand(scripts, known["mutant"]) if mode != "untagged" else []
+    files = vectors().values() if mode == "vectors" else ()
     for mutant in mutants:
-        known = [tag for tag in mutant.tags if tag in details]
-        mutant.tests = [*mutant.tests, *(x for tag in known for x in details[tag]["tests"])]
-        mutant.why = next((x["why"] for x in table["equivalent"] if is_entry(x, mutant)), "")
-    return scripts, mutants
+        tags = [tag for tag in mutant.tags if tag in details]
+        mutant.tests = [*mutant.tests, *(x for tag in tags for x in details[tag]["tests"])]
+        mutant.why = next((x["why"] for x in known["equivalent"] if is_entry(x, mutant)), "")
+        if mode == "vectors":
+            mutant.tests = [test for detail, test in files if {*detail} & {*tags}]
+    return scripts, [x for x in mutants if mode != "vectors" or (x.tests and not x.why)]
 
 
 # ------------------------------------------------------------------------------------------------
 # Verdicts
 
+TRACER = """
+import os, sys
+
+seen, file = set(), os.open(os.environ["MUTATE_LINES"], os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+
+def trace(frame, event, argument):
+    place = frame.f_code.co_filename, frame.f_lineno
+    if "/ppo_" in place[0]:
+        if place not in seen:
+            seen.add(place)
+            os.write(file, f"{os.path.basename(place[0])}:{place[1]}\\n".encode())
+        return trace
+
+sys.settrace(trace)
+"""  # which lines of the scripts are run, by this process and by those it starts
+
 
 class Recorder:
-    """A plugin of pytest: keeps to some names, writes down what passed, how fast, what failed."""
+    """A plugin of pytest: keeps to some names, writes down what passed, how fast, and, if traced,
+    which lines of the scripts it ran; and what failed.
+    """
 
-    def __init__(self, path: Path, names: tuple[str, ...]):
-        self.path, self.names = path, names
-        self.seconds, self.passed, self.failed = Counter(), [], []
+    def __init__(self, folder: Path, names: tuple[str, ...], traced: bool, limits: dict):
+        self.names, self.limits = names, limits
+        self.path, self.lines = folder / "record.json", folder / "lines"
+        self.seconds, self.passed, self.failed, self.ran = Counter(), [], [], {}
+        self.tracer = {"seen": set()}
+        if traced:
+            (folder / "trace").mkdir()
+            (folder / "trace" / "sitecustomize.py").write_text(TRACER)
+            paths = filter(None, (str(folder / "trace"), os.environ.get("PYTHONPATH")))
+            os.environ |= {"MUTATE_LINES": str(self.lines), "PYTHONPATH": ":".join(paths)}
+            exec(TRACER, self.tracer)
 
     def pytest_collection_modifyitems(self, items):
         items[:] = [item for item in items if item.name.startswith(self.names)]
+
+    def pytest_runtest_logstart(self, nodeid):
+        signal.alarm(60 + 10 * math.ceil(self.limits.get(nodeid, 60)))  # the end, if it hangs
+        self.tracer["seen"].clear()
+        self.lines.write_text("")
+
+    def pytest_runtest_logfinish(self, nodeid):
+        self.ran[nodeid] = sorted(set(self.lines.read_text().split()))
 
     def pytest_collectreport(self, report):
         self.failed += [report.nodeid] if report.failed else []
@@ -345,14 +445,15 @@ class Recorder:
         self.passed += [report.nodeid] if report.passed and report.when == "call" else []
 
     def pytest_sessionfinish(self):
-        passed = {test: self.seconds[test] for test in self.passed}
+        passed = {test: (self.seconds[test], self.ran[test]) for test in self.passed}
         self.path.write_text(json.dumps([passed, self.failed]))
 
 
-def fork(folder: Path, tests: list[str], *flags: str, names=("",)) -> int:
-    """Start pytest in a copy of the repository. Returns the id of the process."""
+def fork(folder: Path, tests: dict[str, float], *flags: str, names=("",), traced=False) -> int:
+    """Start pytest in a copy of the repository, of tests or files and the seconds they take: first
+    a few, as a mistake shows soon, and fewer files are read. Returns the id of the process.
+    """
     sys.stdout.flush()
-    (folder / "record.json").unlink(missing_ok=True)
     if pid := os.fork():
         return pid
     status = 1
@@ -364,8 +465,13 @@ def fork(folder: Path, tests: list[str], *flags: str, names=("",)) -> int:
         del sys.modules["make_details"]
         flags += ("-q", "-n0", "-p", "no:cacheprovider")  # in this process
         flags += (f"--rootdir={folder}", f"--basetemp={folder}/tmp")
-        recorder = Recorder(folder / "record.json", names)
-        status = importlib.import_module("pytest").main([*flags, *tests], plugins=[recorder])
+        recorder = Recorder(folder, names, traced, tests)
+        parts = [[*tests][:9], [*tests][9:]] if "-x" in flags else [[*tests]]
+        for part in filter(None, parts):
+            recorder.path.unlink(missing_ok=True)
+            status = importlib.import_module("pytest").main([*flags, *part], plugins=[recorder])
+            if status:
+                break
     except BaseException:
         traceback.print_exc()
     finally:
@@ -382,8 +488,8 @@ def ended(pid: int, deadline: float) -> int | None:
     return status if done else os.waitpid(pid, 0)[1]
 
 
-def record(folder: Path) -> tuple[dict[str, float], list[str]]:
-    """test -> seconds for all that passed, and a list of what failed"""
+def record(folder: Path) -> tuple[dict[str, tuple[float, list[str]]], list[str]]:
+    """test -> seconds and lines for all that passed, and a list of what failed"""
     file = folder / "record.json"
     return json.loads(file.read_text()) if file.exists() else ({}, ["what did not end"])
 
@@ -397,26 +503,57 @@ def copy_repository(folder: Path):
     shutil.copytree(ROOT / "tests", folder / "tests", ignore=lambda *_: ["__pycache__"])
 
 
-def baseline(folder: Path, names: tuple[str, ...]) -> dict[str, float]:
-    """Seconds of each test whose name begins so; without any mutation all have to pass."""
-    files = {f"tests/{file}" for file, name in make_details.find_tests() if name.startswith(names)}
-    if not files:
-        return {}
-    pid, begin = fork(folder, sorted(files), names=names), time.monotonic()
+def baseline(folders: list[Path], tests: list[tuple[str, str]], mode: str) -> dict[str, tuple]:
+    """test -> seconds and lines of each (file, name); without any mutation all have to pass."""
+    traced = mode != "tagged"
+    files, names = sorted({f"tests/{file}" for file, _ in tests}), tuple(name for _, name in tests)
+    begin, pids, known, failed = time.monotonic(), [], {}, []
     try:
-        while ended(pid, time.monotonic() + 1) is None:
-            time.sleep(0.1)
-    except BaseException:
-        ended(pid, 0.0)
-        raise
-    seconds, failed = record(folder)
+        for i, folder in enumerate(folders):
+            some = dict.fromkeys(files[i :: len(folders)], 0.0)
+            pids += [fork(folder, some, names=names, traced=traced)] if some else []
+        for pid, folder in zip(pids, folders, strict=False):
+            while ended(pid, math.inf) is None:
+                time.sleep(0.1)
+            passed, wrong = record(folder)
+            known |= passed
+            failed += wrong
+    finally:
+        for pid in pids:
+            with contextlib.suppress(ChildProcessError):
+                ended(pid, 0.0)
     if failed:
-        sys.exit(f"without any mutation these tests fail: {', '.join(failed)}")
-    print(f"{len(seconds)} tests pass without any mutation, in {time.monotonic() - begin:.0f} s")
-    shutil.rmtree(folder / "__pycache__", ignore_errors=True)  # a mutant may look like what it has
+        words = f"without any mutation these tests fail: {', '.join(failed)}"
+        print(f"{words}; they are left out") if mode == "untagged" else sys.exit(words)
+    known = {test: known[test] for test in known.keys() - set(failed)}
+    print(f"{len(known)} tests pass without any mutation, in {time.monotonic() - begin:.0f} s")
+    for folder in folders:  # a mutant may look like what it has
+        shutil.rmtree(folder / "__pycache__", ignore_errors=True)
     sys.dont_write_bytecode = True
     os.environ["PYTHONDONTWRITEBYTECODE"] = "1"
-    return seconds
+    return {test: (seconds, set(lines)) for test, (seconds, lines) in known.items()}
+
+
+def named(mutant: Mutant, known: dict[str, tuple]) -> list[str]:
+    """The tests of its details, quick ones first."""
+    tests = [x for x in known if x.split("::")[-1].startswith(tuple(mutant.tests))]
+    return sorted(tests, key=lambda test: known[test][0])
+
+
+def likely(mutant: Mutant, known: dict[str, tuple]) -> list[str]:
+    """Tests that run its script, for LIMIT seconds, quick ones that run its line first."""
+    costs = {}
+    for test, (seconds, lines) in known.items():
+        if any(line.partition(":")[0] in mutant.edits for line in lines):
+            costs[test] = seconds * (1 if lines & mutant.places else 10)
+    tests = named(mutant, known) + sorted(costs, key=costs.get)
+    totals = itertools.accumulate(known[test][0] for test in tests)
+    return [test for test, total in zip(tests, totals, strict=True) if total < LIMIT]
+
+
+def of_vectors(mutant: Mutant, known: dict[str, tuple]) -> list[str]:
+    """Those of vectors that name one of its details and run its line."""
+    return [x for x in named(mutant, known) if known[x][1] & mutant.places]
 
 
 def replaced(text: str, edits: list[tuple[int, int, str]]) -> str:
@@ -430,30 +567,35 @@ def write(folder: Path, scripts: list[Script], edits: dict[str, list]):
         (folder / script.name).write_text(replaced(script.text, edits.get(script.name, [])))
 
 
-def attempt(mutants: list[Mutant], scripts: list[Script], jobs: int):
+def attempt(mutants: list[Mutant], scripts: list[Script], jobs: int, mode: str):
     """Reach a verdict on each mutant, `jobs` of them at a time."""
+    names = tuple({x.partition("[")[0] for mutant in mutants for x in mutant.tests})
+    tests = [x for x in make_details.find_tests() if x[1].startswith(names)]
+    if mode == "untagged":
+        tests = [x for x in make_details.find_tests() if x[0][5:-3] in UNTAGGED.split()]
+    choose = {"tagged": named, "untagged": likely, "vectors": of_vectors}[mode]
+    flags = [] if mode == "vectors" else ["-x"]
     os.environ["TORCHDYNAMO_DISABLE"] = "1"  # as in conftest.py; read by the imports that follow
     for name in PRELOADED:
         with contextlib.suppress(ImportError):
             importlib.import_module(name)
     with tempfile.TemporaryDirectory(prefix="mutate-", ignore_cleanup_errors=True) as top:
         folders = [Path(top) / str(i) for i in range(jobs)]
-        copy_repository(folders[0])
-        write(folders[0], scripts, {})
-        seconds = baseline(folders[0], tuple({x for mutant in mutants for x in mutant.tests}))
-        for folder in folders[1:]:
-            shutil.copytree(folders[0], folder)
+        for folder in folders:
+            copy_repository(folder)
+            write(folder, scripts, {})
+        known = baseline(folders, tests, mode)
         waiting, running = mutants[::-1], {}
         try:
             while waiting or running:
                 over = []
                 if waiting and folders:
-                    mutant, some = waiting[-1], tuple(waiting.pop().tests)
-                    tests = [test for test in seconds if test.split("::")[-1].startswith(some)]
-                    if tests:
+                    mutant = waiting.pop()
+                    mutant.tried = choose(mutant, known)
+                    if tests := {test: known[test][0] for test in mutant.tried}:
                         write(folders[-1], scripts, mutant.edits)
-                        deadline = time.monotonic() + 30 + 5 * sum(map(seconds.get, tests))
-                        pid = fork(folders[-1], sorted(tests, key=seconds.get), "-x")
+                        deadline = time.monotonic() + 30 + 5 * sum(tests.values())
+                        pid = fork(folders[-1], tests, *flags)
                         running[pid] = mutant, folders.pop(), deadline
                     else:
                         over.append(mutant)
@@ -464,9 +606,11 @@ def attempt(mutants: list[Mutant], scripts: list[Script], jobs: int):
                         over.append(mutant)
                         mutant.verdict = "equivalent" if mutant.why else "survived"
                         if status:
+                            passed, failed = record(folder)
+                            mutant.noticed = [test for test in mutant.tried if test not in passed]
                             wrong = ", and is listed as equivalent" if mutant.why else ""
                             mutant.verdict = "caught"
-                            mutant.why = f"by {''.join(record(folder)[1][:1])}{wrong}"
+                            mutant.why = f"by {''.join(failed[:1])}{wrong}"
                 for mutant in over:
                     done = len(mutants) - len(waiting) - len(running)
                     print(
@@ -479,16 +623,27 @@ def attempt(mutants: list[Mutant], scripts: list[Script], jobs: int):
                 ended(pid, 0.0)
 
 
+def table(header: list[str], rows: list[list]) -> list[str]:
+    """Of Markdown."""
+    return [f"| {' | '.join(map(str, row))} |" for row in (header, ["---"] * len(header), *rows)]
+
+
 def report(mutants: list[Mutant]) -> list[str]:
-    """A row for each detail, then the survivors and the equivalent ones, in Markdown."""
-    tags = [*make_details.table(), *(tag for mutant in mutants for tag in mutant.tags)]
-    groups = {tag: [x for x in mutants if tag in x.tags] for tag in tags}
-    groups |= {"none": [x for x in mutants if not x.tags], "all": mutants}
-    rows = [["detail", "mutants", *VERDICTS], ["---"] * (2 + len(VERDICTS))]
-    for name, group in groups.items():
+    """A row for each detail or script, then the survivors and the equivalent ones, in Markdown."""
+    names = [*make_details.table(), *(tag for mutant in mutants for tag in mutant.tags)]
+    groups = {name: [x for x in mutants if name in x.tags] for name in names}
+    for mutant in mutants:
+        if not mutant.tags:
+            (script, *others), kind = mutant.edits, "none"
+            if mutant.operator != "hand":
+                kind = f"{script} and others" if others else script
+            groups.setdefault(kind, []).append(mutant)
+    rows = []
+    for name, group in (groups | {"all": mutants}).items():
         counts = Counter(mutant.verdict for mutant in group)
         rows += [[name, len(group), *(counts[x] for x in VERDICTS)]] if group else []
-    lines = [f"| {' | '.join(map(str, row))} |" for row in rows]
+    kind = "detail" if any(mutant.tags for mutant in mutants) else "script"
+    lines = table([kind, "mutants", *VERDICTS], rows)
     for verdict in ("survived", "equivalent"):
         some = [mutant for mutant in mutants if mutant.verdict == verdict]
         lines += ["", f"{verdict.capitalize()}: {len(some) or 'none'}", ""][: 3 if some else 2]
@@ -496,36 +651,77 @@ def report(mutants: list[Mutant]) -> list[str]:
     return lines
 
 
-def page(mutants: list[Mutant], argv: list[str], minutes: float) -> str:
-    git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-    commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
-    _, _, what, verdicts, _ = __doc__.split("\n\n")
-    lines = ["# Mutation testing", "", "<!-- written by tests/mutate.py, do not edit -->", ""]
-    lines += [f"`{shlex.join(['python', 'tests/mutate.py', *argv])}` took {minutes:.0f} minutes"]
-    lines += [f"at commit {commit or 'unknown'}.", "", what, "", verdicts, ""]
-    lines += ["A mutant of a line with two tags is counted for both.", "", *report(mutants), ""]
-    lines += ["Operators:", "", *(f"- {name}: `{text}`" for name, text in OPERATORS.items()), ""]
-    return "\n".join(lines)
+def report_vectors(mutants: list[Mutant]) -> list[str]:
+    """A row for each vector, then which mutants it runs and does not notice."""
+    rows, missed = [], {}
+    for name, (detail, test) in vectors().items():
+        group = [x for x in mutants if {*x.tags} & {*detail}]
+        tried = [x for x in group if any(y.endswith(test) for y in x.tried)]
+        unnoticed = [x for x in tried if not any(y.endswith(test) for y in x.noticed)]
+        numbers = len(group), len(tried), len(tried) - len(unnoticed), len(unnoticed)
+        rows.append([f"{name}.json", " ".join(detail), *numbers])
+        for mutant in unnoticed:
+            missed.setdefault((mutant.verdict, str(mutant)), []).append(name)
+    lines = table(["vector", "details", "mutants", "tried", "noticed", "not noticed"], rows)
+    for verdict, words in ("survived", "by no vector"), ("caught", "by some vectors only"):
+        some = {mutant: names for (x, mutant), names in missed.items() if x == verdict}
+        lines += ["", f"Noticed {words}: {len(some) or 'none'}; tried with", ""]
+        lines += [f"- `{mutant}`<br>{', '.join(names)}" for mutant, names in some.items()]
+    return lines
+
+
+def head() -> str:
+    """The commit the mutants are of, and whether anything but the page has changed since."""
+
+    def git(*command):
+        command = ["git", "-C", str(ROOT), *command]
+        return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+
+    changed = git("status", "--porcelain", "--", ".", ":!docs/mutations.md")
+    return (git("rev-parse", "HEAD") or "unknown") + "-dirty" * bool(changed)
+
+
+def write_section(path: Path, mode: str, made: str, lines: list[str]):
+    """Of a page that may have others, each made by a command of its own."""
+    words = __doc__.split("\n\n")
+    paragraph = dict(zip(MODES, ("\n\n".join(words[2:4]), *words[4:6]), strict=True))[mode]
+    text = "\n".join([paragraph, "", made, "", *lines])
+    old = path.read_text() if path.exists() else ""
+    sections = dict(re.findall(r"(?ms)^## (.+?)\n\n(.+?)\n(?=\n## |\Z)", old)) | {MODES[mode]: text}
+    sections["Operators"] = "\n".join(f"- {name}: `{text}`" for name, text in OPERATORS.items())
+    parts = [f"## {x}\n\n{sections[x]}\n" for x in (*MODES.values(), "Operators") if x in sections]
+    top = "# Mutation testing\n\n<!-- written by tests/mutate.py, do not edit -->\n"
+    path.write_text("\n".join([top, *parts]))
 
 
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--script", help="only mutants of this one, as ppo_atari.py")
     parser.add_argument("--detail", help="only mutants of this one, as C5")
-    parser.add_argument("--sample", type=int, help="only so many, the same ones every time")
+    parser.add_argument("--sample", type=int, help="only so many, drawn at random")
+    parser.add_argument("--untagged", type=int, help="so many of lines without a tag instead")
+    parser.add_argument("--seed", type=int, default=0, help="of what is drawn")
+    parser.add_argument("--vectors", action="store_true", help="try vectors instead of tests")
     parser.add_argument("--jobs", type=int, default=2, help="processes")
-    parser.add_argument("--out", type=Path, help="Markdown page to write")
-    args, begin = parser.parse_args(argv), time.monotonic()
-    scripts, mutants = everything()
+    parser.add_argument("--out", type=Path, help="Markdown page to write a section of")
+    args, begin, commit = parser.parse_args(argv), time.monotonic(), head()
+    mode = "vectors" if args.vectors else "tagged" if args.untagged is None else "untagged"
+    scripts, mutants = everything(mode)
     mutants = [x for x in mutants if args.script in (None, *x.edits)]
     mutants = [x for x in mutants if args.detail in (None, *x.tags)]
-    if args.sample is not None:
-        chosen = random.Random(0).sample(range(len(mutants)), min(args.sample, len(mutants)))
+    if (size := args.sample if args.untagged is None else args.untagged) is not None:
+        chosen = random.Random(args.seed).sample(range(len(mutants)), min(size, len(mutants)))
         mutants = [mutants[i] for i in sorted(chosen)]
-    attempt(mutants, scripts, args.jobs)
-    print("", *report(mutants), sep="\n")
+    attempt(mutants, scripts, args.jobs, mode)
+    lines = report_vectors(mutants) if args.vectors else report(mutants)
+    print("", *lines, sep="\n")
     if args.out:
-        args.out.write_text(page(mutants, argv, (time.monotonic() - begin) / 60))
+        command, minutes = ["python", "tests/mutate.py", *argv], (time.monotonic() - begin) / 60
+        made = f"`{shlex.join(command)}` took {minutes:.0f} minutes\nat commit {commit}."
+        write_section(args.out, mode, made, lines)
+    if args.vectors:
+        seen = {test.partition("[")[2] for mutant in mutants for test in mutant.noticed}
+        return int(len(seen) < len(vectors()))
     return int(any(mutant.verdict == "survived" for mutant in mutants))
 
 

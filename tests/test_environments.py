@@ -260,6 +260,7 @@ NEAR = {
     "One": Box(-1, 1, (2,)),
     "Pendulum": Box(-2, 2, (1,)),
     "Humanoid": Box(-0.4, 0.4, (17,)),
+    "Edges": Box(np.float32([-0.1, -10]), np.float32([0.1, 10])),
     "Unbounded": Box(-INF, INF, (2,)),
     "HalfBounded": Box(0, INF, (2,)),
     "Lopsided": Box(-1, 3, (1,)),

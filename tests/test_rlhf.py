@@ -1,5 +1,6 @@
 """The details of ppo_rlhf.py by numbers: texts, models, losses, and what a run does with them."""
 
+import dataclasses
 import math
 import re
 from collections import Counter
@@ -296,12 +297,34 @@ def test_defaults_of_rlhf():
     expected |= {"learning_rate": 3e-4, "value_learning_rate": None, "anneal_lr": True}
     expected |= {"norm_adv": True, "clip_coef": 0.2, "clip_coef_high": None, "clip_vloss": True}
     expected |= {"vf_coef": 0.1, "max_grad_norm": 1.0, "value_init": "rm", "critic_warmup": 5}
-    expected |= {"ptx_coef": 0.0, "ptx_ratio": 8}
-    assert {name: getattr(args, name) for name in expected} == expected
+    expected |= {"ptx_coef": 0.0, "ptx_ratio": 8, "group_size": 1, "loss_mean": "token"}
+    expected |= {"kl_in": "reward", "sft_texts": 8192, "sft_epochs": 3, "sft_batch_size": 128}
+    expected |= {"rm_test_pairs": 1500, "rm_batch_size": 32, "response_length": 24, "d_model": 64}
+    expected |= {"num_layers": 2, "num_heads": 4, "prompt_length": 512, "eval_episodes": 512}
+    expected |= {"exp_name": "ppo_rlhf", "seed": 1, "torch_deterministic": True, "cuda": True}
+    expected |= {"torch_threads": 1, "checkpoint_every": 20, "wandb_project_name": "ppo37"}
+    expected |= {"precision": "fp32", "logprob_chunk": 4096, "lora_rank": 0, "stop": ()}
+    expected |= {"reward_fn": ()}
+    expected |= dict.fromkeys(("track", "gradient_checkpointing", "merge", "fsdp", "plan"), False)
+    nothing = ("model", "ref_model", "reward_model", "value_model", "sft_data", "pref_data")
+    nothing += ("prompts", "eval_prompts", "load", "resume", "wandb_entity")
+    assert dataclasses.asdict(args) == expected | dict.fromkeys(nothing)
     assert (args.minibatch_size, args.num_iterations) == (128, 65)
     expected = {"task": "sort", "response_length": 8, "sft_texts": 44_800, "sft_epochs": 1}
     expected |= {"rm_coef": 0.0, "total_episodes": 19_200, "kl_coef": 0.0, "learning_rate": 1e-3}
     assert expected == rlhf.SORT
+
+
+def test_defaults_of_a_model():
+    """Without and with adapters; all texts of the files."""
+    expected = {"sft_texts": 10**9, "sft_epochs": 1, "sft_batch_size": 8, "sft_learning_rate": 2e-5}
+    expected |= {"rm_pairs": 10**9, "rm_test_pairs": 64, "rm_epochs": 1, "rm_batch_size": 8}
+    expected |= {"rm_learning_rate": 1e-5, "response_length": 64, "batch_size": 64}
+    expected |= {"micro_batch_size": 8, "eval_episodes": 64, "total_episodes": 6400}
+    expected |= {"learning_rate": 3e-6, "value_learning_rate": 1e-5, "kl_coef": 0.05}
+    assert expected | {"logprob_chunk": 512} == rlhf.REAL
+    expected = {"sft_learning_rate": 2e-4, "rm_learning_rate": 1e-4, "learning_rate": 3e-5}
+    assert expected | {"value_learning_rate": 1e-4} == rlhf.LORA
 
 
 WORDS = {word: i for i, word in enumerate(SORT.words)}
@@ -1986,6 +2009,14 @@ def test_microbatch_rank_invariance(ptx):
             assert torch.allclose(grad, others[name], rtol=1e-6, atol=1e-6), name
         for name, value in stats.items():
             assert value.item() == pytest.approx(other_stats[name].item(), rel=1e-5, abs=1e-7)
+
+
+def test_microbatches_of_the_first_stages_have_so_many_texts(monkeypatch):
+    """A pair is two of them."""
+    demonstrations, others = [spy(monkeypatch, rlhf, x) for x in ("sft_loss", "reward_scores")]
+    train(stages="sft,rm", micro_batch_size=4)
+    assert [len(args[1]) for args, _ in demonstrations] == [4] * (64 // 4)
+    assert {len(args[1]) for args, _ in others} == {4}
 
 
 @pytest.mark.parametrize("stage", ["sft", "rm"])

@@ -800,6 +800,19 @@ def test_plan_has_the_bytes_of_the_weights(kind):
         assert total == pytest.approx(lasting + max(plan["update"], plan["sampling"]), abs=0.005)
 
 
+def test_plan_of_ranks_that_share_the_models(monkeypatch):
+    """With --fsdp each of four has a quarter of what lasts; without it, all of it."""
+    argv = ["--task=sort", "--plan", "--rm-coef=1", "--d-model=512", "--batch-size=16"]
+    alone = planned(*argv)
+    monkeypatch.setattr(rlhf, "rank_of", lambda: (0, 4))
+    assert planned(*argv) == alone
+    shared = planned(*argv, "--fsdp")
+    passing = {"update", "sampling"}
+    for name in alone.keys() - passing - {"at most at a time"}:
+        assert shared[name] == pytest.approx(alone[name] / 4, abs=0.00051) != alone[name], name
+    assert {x: shared[x] for x in passing} == {x: alone[x] for x in passing}
+
+
 def test_plan_without_a_reward_model():
     config_only("gpt2", **LARGE)
     function = ["--reward-fn=functions.py:length", "--rm-coef=0"]

@@ -1037,10 +1037,18 @@ def test_settings_refused(changes, hints, capsys):
     assert not list(Path().iterdir())
 
 
+class Malicious:
+    def __reduce__(self):
+        return (os.mkdir, ("hacked",))
+
+
+KINDS = ["missing", "folder", "empty", "text", "list", "other", "malicious"]
+
+
 @pytest.mark.parametrize("option", ["--resume", "--load"])
-@pytest.mark.parametrize("kind", ["missing", "folder", "empty", "text", "list", "other"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_checkpoint_refused(option, kind, capsys):
-    """Also one of another script."""
+    """Also one of another script, or one that would do something else when it is loaded."""
     path = Path("some.pt")
     if kind == "folder":
         path.mkdir()
@@ -1050,8 +1058,11 @@ def test_checkpoint_refused(option, kind, capsys):
         torch.save([1, 2], path)
     elif kind == "other":
         torch.save({"args": {"env_id": "CartPole-v1", "seed": 1}, "iteration": 3}, path)
+    elif kind == "malicious":
+        torch.save({"args": {}, "stage": 0, "numbers": {}, "x": Malicious()}, path)
     line = error_line(capsys, rlhf.parse_args, [option, str(path)])
     assert re.match(r"error: some\.pt(/checkpoint\.pt)? is no checkpoint of ppo_rlhf\.py: ", line)
+    assert not Path("hacked").exists()
 
 
 @pytest.mark.parametrize("flag", ["--d-model=32", "--num-layers=2", "--response-length=12"])

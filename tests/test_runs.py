@@ -25,6 +25,7 @@ import pytest
 import torch
 from wandb_file import records as wandb_records
 
+import ppo_atari_lstm
 from conftest import ROOT, SCRIPTS, command_line, metrics, train
 from envs import Scripted
 
@@ -690,3 +691,17 @@ def test_defaults_are_cleanrls(column, name):
     assert {field: getattr(args, field) for field in expected} == expected
     assert args.exp_name == script.__name__ == f"ppo_{name}"
     assert args.wandb_project_name
+
+
+@pytest.mark.parametrize("script", [*SCRIPTS.values(), ppo_atari_lstm])
+def test_defaults_of_what_cleanrl_has_not(script):
+    expected = {"wandb_project_name": "ppo37", "checkpoint_every": 100, "capture_video": False}
+    expected |= {"resume": None, "evaluate": None, "eval_episodes": 10, "deterministic": False}
+    expected |= {"env_kwargs": "{}", "env_timeout": 300.0, "bootstrap_truncation": True}
+    expected |= {"anneal_clip": False, "anneal_ent": False, "penalty_kl": None}
+    args = script.Args()
+    assert {name: getattr(args, name) for name in expected} == expected
+    pictures = script.__name__.startswith("ppo_atari")
+    assert args.vectorization == ("async" if pictures else "sync")
+    assert pictures or args.torch_threads == 1
+    assert getattr(args, "compile", True)
