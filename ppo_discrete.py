@@ -1010,7 +1010,7 @@ def origin(device: torch.device) -> dict:
     status, commit = subprocess.getstatusoutput(describe)
     where = {"device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu"}
     where |= {"cpus": os.cpu_count(), "platform": platform.platform()}
-    where |= {"versions": {"python": platform.python_version()} | versions}
+    where |= {"versions": {"ppo37": "0.1.0", "python": platform.python_version()} | versions}
     where |= {"git_commit": commit if status == 0 else None, "command": shlex.join(sys.argv)}
     return where | {"script_sha256": hashlib.sha256(Path(__file__).read_bytes()).hexdigest()}
 

@@ -2084,7 +2084,7 @@ def origin(device: torch.device) -> dict:
     where |= {"cpus": os.cpu_count(), "platform": platform.platform()}
     packages = [sys.modules[x] for x in ("torch", "numpy", "transformers") if x in sys.modules]
     versions = {package.__name__: package.__version__ for package in packages}
-    where |= {"versions": {"python": platform.python_version()} | versions}
+    where |= {"versions": {"ppo37": "0.1.0", "python": platform.python_version()} | versions}
     where |= {"git_commit": commit if status == 0 else None, "command": shlex.join(sys.argv)}
     return where | {"script_sha256": digest(__file__)}
 

@@ -369,3 +369,10 @@ def test_header_covers_the_imports(source):
         for module in imports(source) - sys.stdlib_module_names
     ]
     assert set().union(*[names for names in imported if not names & extras]) == set(named)
+
+
+def test_version_is_that_of_the_citation():
+    """config.json of a run names it."""
+    (version,) = re.findall(r"(?m)^version: (\S+)$", (ROOT / "CITATION.cff").read_text())
+    for source in SOURCES.values():
+        assert f'"versions": {{"ppo37": "{version}", ' in source
