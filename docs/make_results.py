@@ -130,7 +130,7 @@ TEXTS = {
     "MuJoCo": "1,000,000 steps. "
     "`python ppo_continuous.py --env-id ENV --seed SEED --no-cuda --torch-threads 1`",
     "Atari": "Agent steps of four frames; the references are of 10,000,000. Breakout is still\n"
-    "under way, [results/long](results/long/README.md) has its checkpoint and how to go on. The\n"
+    "under way, [results/long](results/long) has its checkpoint and how to go on. The\n"
     "runs of Pong are shorter and of older commits, whose random numbers were others: they say\n"
     "that it learns, not where it ends.",
     "Time limits": "300,000 steps. `python ppo_continuous.py --env-id Pendulum-v1\n"

@@ -147,6 +147,7 @@ def test_links_lead_somewhere(page):
             continue
         path, anchor = resolve(page, link)
         assert (DOCS / path).exists(), link
+        assert not re.match(r"results/.*\.md$", path), f"{link} is not on the site: exclude_docs"
         if path in PAGES or path == page:
             assert not anchor or anchor in anchors(path), link
         elif anchor:
