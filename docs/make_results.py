@@ -299,7 +299,7 @@ def seeds_of(runs):
     return f"{seeds[0]}-{seeds[-1]}" if len(seeds) > 2 else " ".join(map(str, seeds))
 
 
-def row_of(group, runs, peers):
+def cells_of(group, runs, peers):
     scores = np.array([last_100(metrics) for _, metrics in runs])
     games = [returns for config, _ in runs if (returns := evaluated(config)) is not None]
     lowest = f"{number(scores.min())}"
@@ -308,7 +308,7 @@ def row_of(group, runs, peers):
     low, high = interval(scores)
     stopped = [f"{config['steps']:,}" for config, _ in runs if is_stopped(config)]
     here = [last_100(metrics) for _, metrics in select(peers, group.env_id, {})]
-    cells = (
+    return (
         name_of(group) + (f", stopped after {' and '.join(stopped)} steps" if stopped else ""),
         seeds_of(runs),
         spread(scores),
@@ -320,7 +320,6 @@ def row_of(group, runs, peers):
         published(group.baselines),
         f"{np.median([metrics['seconds'][1][-1] for _, metrics in runs]) / 60:.1f}",
     )
-    return f"| {' | '.join(cells)} |"
 
 
 def misses(groups, runs):
@@ -342,16 +341,15 @@ def misses(groups, runs):
 
 
 def table(section, runs, peers):
-    """The rows of a section that have runs."""
-    lines = [
-        "| environment | seeds | score | IQM | evaluated | lowest seed "
-        "| CleanRL | here (seeds) | Baselines | minutes |",
-        "|---|---|---|---|---|---|---|---|---|---|",
-    ]
+    """The groups of a section that have runs, without columns that have nothing in any row."""
+    rows = [("environment", "seeds", "score", "IQM", "evaluated", "lowest seed")]
+    rows[0] += ("CleanRL", "here (seeds)", "Baselines", "minutes")
     for group in SECTIONS[section]:
         if of_group := select(runs, group.env_id, group.changes):
-            lines.append(row_of(group, of_group, peers))
-    return lines
+            rows.append(cells_of(group, of_group, peers))
+    rows = list(zip(*[x for x in zip(*rows, strict=True) if any(x[1:])], strict=True))
+    lines = [f"| {' | '.join(row)} |" for row in rows]
+    return [lines[0], "|" + "---|" * len(rows[0]), *lines[1:]] if lines else []
 
 
 def picture(section):

@@ -219,8 +219,7 @@ def classic_results(script: str) -> list[str]:
     own = [x for x in runs + long if x[0]["command"].split()[0] == f"ppo_{script}.py"]
     lines = []
     for section in make_results.SECTIONS:
-        rows = make_results.table(section, own, peers)
-        if len(rows) > 2:  # below the head
+        if rows := make_results.table(section, own, peers):
             picture = f"![{section}](results/{make_results.picture(section)})"
             lines += [f"### {section}", "", *rows, "", picture, ""]
     lines += [
