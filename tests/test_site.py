@@ -101,7 +101,7 @@ def resolve(page: str, link: str) -> tuple[str, str]:
     """Path relative to docs/, and anchor, of a link that leads nowhere else."""
     name, _, anchor = link.partition("#")
     path = posixpath.normpath(posixpath.join(posixpath.dirname(page), name)) if name else page
-    return path, anchor
+    return path.removeprefix("../docs/"), anchor  # README stands beside docs/
 
 
 def neighbours(page: str) -> set[tuple[str, str]]:
