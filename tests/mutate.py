@@ -89,7 +89,7 @@ MODES |= {"vectors": "What each vector notices"}
 UNTAGGED = "atari continuous core discrete environments errors lstm numbers one_network places "
 UNTAGGED += "ranks reference resume runs vectors video watched rlhf rlhf_data rlhf_group rlhf_lora "
 UNTAGGED += "rlhf_models rlhf_ranks rlhf_runs"  # files of tests that run scripts, but to learn
-LIMIT = 120  # seconds of tests that a mutant of a line without a tag is tried against
+LIMIT = 600  # seconds of tests that a mutant of a line without a tag is tried against
 VERDICTS = ["caught", "equivalent", "survived", "no test"]
 
 # ------------------------------------------------------------------------------------------------
@@ -322,7 +322,7 @@ def automatic(scripts: list[Script], tagged: bool = True) -> list[Mutant]:
                     lines = clean(text[a:b]), clean(text[a:start] + new + text[end:b])
                     place = tuple(getattr(x, "name", "") for x in around), operator, *lines
                     counts[place] += 1
-                    tests = DEFAULTS if isinstance(top, ast.AnnAssign) else []
+                    tests = DEFAULTS if isinstance(statement, ast.AnnAssign) else []
                     mutant = Mutant(operator, *lines, [*tests])
                     mutant = found.setdefault((place, counts[place]), mutant)
                     mutant.edits[script.name] = [(start, end, new)]
@@ -541,14 +541,17 @@ def named(mutant: Mutant, known: dict[str, tuple]) -> list[str]:
 
 
 def likely(mutant: Mutant, known: dict[str, tuple]) -> list[str]:
-    """Tests that run its script, for LIMIT seconds, quick ones that run its line first."""
+    """Tests that run its script, for LIMIT seconds, quick ones that run its line first; a tenth of
+    them where it is known to be equivalent.
+    """
     costs = {}
     for test, (seconds, lines) in known.items():
         if any(line.partition(":")[0] in mutant.edits for line in lines):
             costs[test] = seconds * (1 if lines & mutant.places else 10)
     tests = named(mutant, known) + sorted(costs, key=costs.get)
     totals = itertools.accumulate(known[test][0] for test in tests)
-    return [test for test, total in zip(tests, totals, strict=True) if total < LIMIT]
+    limit = LIMIT / 10 if mutant.why else LIMIT
+    return [test for test, total in zip(tests, totals, strict=True) if total < limit]
 
 
 def of_vectors(mutant: Mutant, known: dict[str, tuple]) -> list[str]:
