@@ -17,7 +17,7 @@ a line with two tags is counted for both.
 Mutants of lines without a tag are drawn at random from the syntax trees of the scripts, all of them
 alike. No docstring, annotation, import, f-string or text of an error is changed: they are no
 behaviour. A mutant is tried against the tests that run its script, without those of learning, for
-two minutes: quick ones that run its very line first. Which lines a test runs, also in the processes
+ten minutes: quick ones that run its very line first. Which lines a test runs, also in the processes
 it starts, is written down beforehand, without any mutation; a test that fails then is left out.
 
 A vector is a file of docs/vectors/; its test computes it by the scripts. Each is tried with those
