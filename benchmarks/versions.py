@@ -6,15 +6,16 @@
 
 For each set it makes a virtual environment with the packages that requirements.txt names for the
 scripts, some in other versions, copies the five scripts to an empty folder, trains each for two
-iterations or more, and goes on from the checkpoint for one more, with environments in processes of
+iterations or more, and starts once more from its checkpoint, with environments in processes of
 their own. The environment is removed in the end; with a torch for GPUs it takes six gigabytes
 meanwhile, and nearly as much to download.
 
 The sets spawn and forkserver start those processes as macOS and Windows do, and as Linux does from
 Python 3.14 on, where Linux forks by default up to 3.13.
 
-A set needs its Python on the PATH as python3.X; one that is not there is named and left out. Rows
-go to docs/results/machines.csv in place of older ones of the same set and script.
+Packages come by uv where it is there, which is faster, and else by pip. A set needs its Python on
+the PATH as python3.X; one that is not there is named and left out. Rows go to
+docs/results/machines.csv in place of older ones of the same set and script.
 """
 
 import csv
@@ -61,8 +62,8 @@ SETS = {
     "python-3.14": Versions("3.14", {}),
 }
 CLASSIC = ("--total-timesteps", "4096", "--no-cuda")
-ON = ("--vectorization", "async", "--total-timesteps")
-SHORT = {  # script -> what makes its training short, and how it goes on
+ON = ("--resume", "{}", "--vectorization", "async", "--total-timesteps")
+SHORT = {  # script -> what makes its training short, and how it goes on from its checkpoint {}
     "ppo_discrete.py": (CLASSIC, (*ON, "4608")),
     "ppo_continuous.py": (CLASSIC, (*ON, "6144")),
     "ppo_atari.py": (CLASSIC, (*ON, "5120")),
@@ -72,7 +73,7 @@ SHORT = {  # script -> what makes its training short, and how it goes on
             *("--sft-texts", "256", "--rm-pairs", "64", "--rm-test-pairs", "64"),
             *("--eval-episodes", "16", "--total-episodes", "256", "--no-cuda"),
         ),
-        ("--total-episodes", "384"),
+        ("--load", "{}", "--eval-episodes", "16", "--total-episodes", "256", "--no-cuda"),
     ),
 }
 
@@ -131,9 +132,9 @@ def try_script(python: Path, script: str, folder: Path) -> tuple[str, str]:
     train, go_on = SHORT[script]
     found = outcome(run([python, script, *train], folder))
     if found[0] == "runs":
-        (path,) = folder.glob(f"runs/*{Path(script).stem}__*")
-        resumed = outcome(run([python, script, "--resume", path, *go_on], folder))
-        found = found if resumed[0] == "runs" else ("fails", f"--resume: {resumed[1]}")
+        (path,) = folder.glob(f"runs/*__{Path(script).stem}__*/checkpoint.pt")
+        again = outcome(run([python, script, *(x.format(path) for x in go_on)], folder))
+        found = found if again[0] == "runs" else ("fails", f"{go_on[0]}: {again[1]}")
     return found
 
 
@@ -145,9 +146,13 @@ def try_set(name: str, python: str, packages: list[str], start: str | None):
         folder = Path(name)
         subprocess.run([python, "-m", "venv", folder / "venv"], check=True)
         python = folder / "venv" / "bin" / "python"
-        found = outcome(run([python, "-m", "pip", "install", "--quiet", *packages], folder))
+        pip = [python, "-m", "pip"]
+        if shutil.which("uv"):
+            pip = ["uv", "pip"]
+            packages = ["--python", python, *packages]
+        found = outcome(run([*pip, "install", "--quiet", *packages], folder))
         if found[0] == "fails":
-            yield first | {"script": "pip install", "outcome": found[0], "said": found[1]}
+            yield first | {"script": "installation", "outcome": found[0], "said": found[1]}
             return
         if start:
             (site,) = folder.glob("venv/lib/python*/site-packages")
