@@ -1,0 +1,255 @@
+"""Takes each detail away, one at a time, trains, and keeps what came out.
+
+    python benchmarks/ablate.py --hours 2 --jobs 2          # go on for two hours
+    python benchmarks/ablate.py --only CartPole --only C8   # a task or a detail; what fits both
+    python benchmarks/ablate.py --list                      # what there is and how far it has come
+
+ablations.toml says what is taken away and what stands in its place: a flag of the script, or lines
+of its text replaced, so that what runs is the script that people read. Each runs on its tasks with
+as many seeds as the others, the unchanged script with twice as many. All seeds 1 come first, then
+all seeds 2: a cut loses seeds, no detail.
+
+Results go to docs/results/ablation/, two files for each task and ablation: TASK__NAME.csv.gz, the
+return of every episode of every seed, and TASK__NAME.json, the diff, and for each seed command,
+commit, hash of the text that ran, machine and versions. What is there is not run again.
+"""
+
+import concurrent.futures
+import csv
+import dataclasses
+import difflib
+import gzip
+import hashlib
+import io
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import tomllib
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+from speed import ROOT, commit_of, read_metrics
+
+RESULTS = ROOT / "docs" / "results" / "ablation"
+TABLE = Path(__file__).with_name("ablations.toml")
+UNCHANGED = "unchanged"
+LOCK = threading.Lock()  # of the files in RESULTS
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    script: str
+    env_id: str
+    steps: int
+    seeds: int  # of each ablation; of the unchanged script twice as many
+
+
+TASKS = {
+    "CartPole": Task("ppo_discrete.py", "CartPole-v1", 200_000, 5),
+    "Acrobot": Task("ppo_discrete.py", "Acrobot-v1", 200_000, 5),
+    "HalfCheetah": Task("ppo_continuous.py", "HalfCheetah-v5", 300_000, 3),
+    "Hopper": Task("ppo_continuous.py", "Hopper-v5", 300_000, 3),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Ablation:
+    detail: str  # a tag, or what a choice without one is called
+    instead: str  # what stands in its place
+    tasks: tuple[str, ...]
+    flags: str = ""
+    edits: tuple = ()  # (present lines, what takes their place)
+
+    @property
+    def name(self) -> str:
+        """For files: the tag, and what stands in its place."""
+        words = re.sub(r"[^a-z0-9]+", "_", self.instead.lower()).strip("_")
+        return f"{self.detail.replace(' ', '_')}__{words[:40].rstrip('_')}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Args:
+    hours: float = 1e9  # no run is begun after so many
+    jobs: int = 1  # runs side by side, each on one thread
+    only: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()  # a task or detail; repeatable
+    list: bool = False  # say what there is, and run nothing
+
+
+def table() -> list[Ablation]:
+    """What ablations.toml holds, behind the unchanged script."""
+    entries = tomllib.loads(TABLE.read_text())["ablation"]
+    ablations = [Ablation(**entry | {"tasks": tuple(entry["tasks"])}) for entry in entries]
+    return [Ablation(UNCHANGED, "", tuple(TASKS)), *ablations]
+
+
+def changed(text: str, ablation: Ablation) -> str:
+    """The script's text without the detail; an error if it is not there exactly once."""
+    for old, new in ablation.edits:
+        if (count := text.count(old)) != 1:
+            raise ValueError(f"{ablation.detail}: {count} times in the script: {old.strip()}")
+        text = text.replace(old, new.lstrip("\n"))
+    return text
+
+
+def diff(text: str, ablation: Ablation) -> str:
+    """What is taken away and what takes its place, as lines of a unified diff."""
+    pair = text.splitlines(), changed(text, ablation).splitlines()
+    lines = list(difflib.unified_diff(*pair, lineterm="", n=0))[2:]
+    return "\n".join(line for line in lines if not line.startswith("@@"))
+
+
+def files(task: str, ablation: Ablation) -> tuple[Path, Path]:
+    """The JSON and the CSV of a task and an ablation."""
+    name = UNCHANGED if ablation.detail == UNCHANGED else ablation.name
+    return RESULTS / f"{task}__{name}.json", RESULTS / f"{task}__{name}.csv.gz"
+
+
+def stored(task: str, ablation: Ablation) -> dict:
+    """What is known of a task and an ablation; `runs` has one entry a seed."""
+    path, _ = files(task, ablation)
+    return json.loads(path.read_text()) if path.exists() else {"runs": []}
+
+
+def returns(task: str, ablation: Ablation) -> list[dict]:
+    """The rows of its CSV: seed, global_step, episodic_return."""
+    _, path = files(task, ablation)
+    if not path.exists():
+        return []
+    with gzip.open(path, "rt", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def jobs(ablations: list[Ablation], only: tuple[str, ...]) -> list[tuple[str, Ablation, int]]:
+    """What is missing: task, ablation, seed. Seed by seed, in each the tasks in their order."""
+    found = []
+    tasks = [name for name in TASKS if name in only or not set(only) & TASKS.keys()]
+    details = set(only) - TASKS.keys()
+    for task in tasks:
+        for ablation in ablations:
+            if task not in ablation.tasks or (details and ablation.detail not in details):
+                continue
+            unchanged = ablation.detail == UNCHANGED
+            there = {run["seed"] for run in stored(task, ablation)["runs"]}
+            seeds = range(1, TASKS[task].seeds * (1 + unchanged) + 1)
+            # the unchanged script's seeds 1 and 2 go with the others' first
+            when = {seed: (seed + 1) // 2 if unchanged else seed for seed in seeds}
+            found += [(when[seed], task, ablation, seed) for seed in seeds if seed not in there]
+    found.sort(key=lambda job: (job[0], list(TASKS).index(job[1])))
+    return [job[1:] for job in found]
+
+
+def command(task: Task, ablation: Ablation, seed: int) -> list[str]:
+    flags = ["--env-id", task.env_id, "--total-timesteps", str(task.steps), "--seed", str(seed)]
+    return [task.script, *flags, "--no-cuda", "--torch-threads", "1", *shlex.split(ablation.flags)]
+
+
+def run(name: str, ablation: Ablation, seed: int, commit: str):
+    """Train and keep the result."""
+    task = TASKS[name]
+    script, words = (ROOT / task.script).read_text(), command(task, ablation, seed)
+    text = changed(script, ablation)
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / task.script).write_text(text)
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+        env = os.environ | {"OMP_NUM_THREADS": "1"}
+        process = subprocess.run(
+            [sys.executable, *words], check=False, cwd=folder, env=env, **pipes
+        )
+        if process.returncode:
+            # the rows of a run that ends early are a result, too: such a detail is needed
+            print(f"{name} {ablation.detail} {seed}:", process.stdout.strip().splitlines()[-1:])
+        (made,) = Path(folder).glob("runs/*")
+        config = json.loads((made / "config.json").read_text())
+        metrics = read_metrics(made / "metrics.csv")
+    with open("/proc/cpuinfo") as file:
+        cpu = next(line.split(":")[1].strip() for line in file if line.startswith("model name"))
+    entry = {
+        "seed": seed,
+        "command": shlex.join(words),
+        "git_commit": commit,
+        "script_sha256": hashlib.sha256(text.encode()).hexdigest(),
+        "machine": f"{config['cpus']} cores, {cpu}",
+        "versions": config["versions"],
+        "steps": max((step for step, *_ in metrics), default=0),
+        "exit_code": process.returncode,
+    }
+    rows = [(step, value) for step, _, key, value in metrics if key == "charts/episodic_return"]
+    keep(name, ablation, entry, rows, diff(script, ablation))
+
+
+def keep(task: str, ablation: Ablation, entry: dict, rows: list[tuple], difference: str):
+    """Add a run to the two files of its task and ablation, by seed."""
+    path, table_path = files(task, ablation)
+    seed = entry["seed"]
+    with LOCK:
+        data = stored(task, ablation)
+        of_task = dataclasses.asdict(TASKS[task]) | {"task": task}
+        what = {"detail": ablation.detail, "instead": ablation.instead}
+        what |= {"flags": ablation.flags, "diff": difference}
+        runs = [x for x in data["runs"] if x["seed"] != seed] + [entry]
+        data = of_task | what | {"runs": sorted(runs, key=lambda x: x["seed"])}
+        names = ("seed", "global_step", "episodic_return")
+        new = [dict(zip(names, (seed, *row), strict=True)) for row in rows]
+        old = [row for row in returns(task, ablation) if int(row["seed"]) != seed]
+        text = io.StringIO()
+        writer = csv.DictWriter(text, names, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(sorted(old + new, key=lambda row: int(row["seed"])))
+        RESULTS.mkdir(parents=True, exist_ok=True)
+        write(table_path, gzip.compress(text.getvalue().encode(), mtime=0))
+        write(path, (json.dumps(data, indent=2) + "\n").encode())  # last: it says what is there
+
+
+def write(path: Path, data: bytes):
+    """Whole or not at all."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_bytes(data)
+    os.replace(temporary, path)
+
+
+def show(ablations: list[Ablation]):
+    """How many runs of each task and ablation are there."""
+    for ablation in ablations:
+        for task in ablation.tasks:
+            wanted = TASKS[task].seeds * (1 + (ablation.detail == UNCHANGED))
+            there = len(stored(task, ablation)["runs"])
+            print(f"{there} of {wanted}  {task}  {ablation.detail}  {ablation.instead}")
+
+
+def main(args: Args) -> int:
+    ablations = table()
+    if unknown := set(args.only) - TASKS.keys() - {x.detail for x in ablations}:
+        print(f"error: --only {min(unknown)}: neither a task nor a detail", file=sys.stderr)
+        return 2
+    if args.list:
+        show(ablations)
+        return 0
+    commit = commit_of(ROOT)
+    if "dirty" in commit:
+        print("error: commit first, so that every run names what it ran", file=sys.stderr)
+        return 2
+    end = time.monotonic() + 3600 * args.hours
+    missing = jobs(ablations, args.only)
+
+    def one(job):
+        task, ablation, seed = job
+        if time.monotonic() < end:
+            start = time.monotonic()
+            run(task, ablation, seed, commit)
+            seconds = f"{time.monotonic() - start:.0f} s"
+            print(task, ablation.detail, ablation.instead, f"seed {seed}: {seconds}", flush=True)
+
+    with concurrent.futures.ThreadPoolExecutor(args.jobs) as pool:
+        list(pool.map(one, missing))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(tyro.cli(Args, description=__doc__.splitlines()[0])))
