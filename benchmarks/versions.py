@@ -7,9 +7,9 @@
 For each set it makes a virtual environment with the packages that requirements.txt names for the
 scripts, some in other versions, copies the five scripts to an empty folder, trains each for two
 iterations or more, and starts once more from its checkpoint, with environments in processes of
-their own. The update of ppo_discrete.py is compiled, that of the others is not. The environment is
-removed in the end; with a torch for GPUs it takes six gigabytes meanwhile, and nearly as much to
-download.
+their own. Updates are not compiled, but for another training of ppo_discrete.py with other Pythons
+and torches. The environment is removed in the end; with a torch for GPUs it takes six gigabytes
+meanwhile, and nearly as much to download.
 
 The sets spawn and forkserver start those processes as macOS and Windows do, and as Linux does from
 Python 3.14 on, where Linux forks by default up to 3.13.
@@ -62,10 +62,11 @@ SETS = {
     "python-3.13": Versions("3.13", {}),
     "python-3.14": Versions("3.14", {}),
 }
+WITHOUT_COMPILER = ("gymnasium", "spawn", "forkserver")  # sets to which it makes no difference
 ON = ("--resume", "{}", "--vectorization", "async", "--total-timesteps")
 EAGER = ("--no-cuda", "--no-compile", "--total-timesteps")
 SHORT = {  # script -> what makes its training short, and how it goes on from its checkpoint {}
-    "ppo_discrete.py": (("--no-cuda", "--total-timesteps", "2048"), (*ON, "2560")),
+    "ppo_discrete.py": ((*EAGER, "2048"), (*ON, "2560")),
     "ppo_continuous.py": ((*EAGER, "4096"), (*ON, "6144")),
     "ppo_atari.py": ((*EAGER, "2048"), (*ON, "3072")),
     "ppo_atari_lstm.py": ((*EAGER, "2048"), (*ON, "3072")),
@@ -76,6 +77,7 @@ SHORT = {  # script -> what makes its training short, and how it goes on from it
         ),
         ("--load", "{}", "--eval-episodes", "16", "--total-episodes", "256", "--no-cuda"),
     ),
+    "ppo_discrete.py --compile": (("--no-cuda", "--total-timesteps", "2048"), (*ON, "2560")),
 }
 
 
@@ -128,12 +130,15 @@ def installed(python: Path, folder: Path) -> dict[str, str]:
     return json.loads(run([python, "-c", program], folder).stdout)
 
 
-def try_script(python: Path, script: str, folder: Path) -> tuple[str, str]:
-    """Trains, and goes on from the checkpoint."""
-    train, go_on = SHORT[script]
+def try_script(python: Path, name: str, folder: Path) -> tuple[str, str]:
+    """Trains, and goes on from the checkpoint, in a folder of its own."""
+    script, (train, go_on) = name.split()[0], SHORT[name]
+    folder = folder / name.replace(" ", "")
+    folder.mkdir()
+    shutil.copy(ROOT / script, folder)
     found = outcome(run([python, script, *train], folder))
     if found[0] == "runs":
-        (path,) = folder.glob(f"runs/*__{Path(script).stem}__*/checkpoint.pt")
+        (path,) = folder.glob("runs/*/checkpoint.pt")
         again = outcome(run([python, script, *(x.format(path) for x in go_on)], folder))
         found = found if again[0] == "runs" else ("fails", f"{go_on[0]}: {again[1]}")
     return found
@@ -143,8 +148,8 @@ def try_set(name: str, python: str, packages: list[str], start: str | None):
     """A row for each script."""
     first = {"set": name, "date": datetime.date.today().isoformat()}
     first["system"] = f"{platform.system()} {platform.machine()}"
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
         subprocess.run([python, "-m", "venv", folder / "venv"], check=True)
         python = folder / "venv" / "bin" / "python"
         pip = [python, "-m", "pip"]
@@ -161,7 +166,8 @@ def try_set(name: str, python: str, packages: list[str], start: str | None):
             (site / "sitecustomize.py").write_text(lines)
         first |= installed(python, folder)
         for script in SHORT:
-            shutil.copy(ROOT / script, folder)
+            if "--compile" in script and name.startswith(WITHOUT_COMPILER):
+                continue
             found = try_script(python, script, folder)
             yield first | {"script": script, "outcome": found[0], "said": found[1]}
 

@@ -32,6 +32,7 @@ from make_rlhf import table as markdown_table  # noqa: E402
 PAGE = DOCS / "paper.md"
 WORDS = tomllib.loads((DOCS / "paper.toml").read_text())
 CITATION = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+DETAILS = make_details.table()
 SCRIPTS = ("discrete", "continuous", "atari", "atari_lstm", "rlhf")
 CLASSIC = SCRIPTS[:4]
 PREAMBLE = r"""\documentclass{article}
@@ -257,7 +258,7 @@ def paragraphs() -> str:
 def named(script: str) -> str:
     """The details behind a paragraph, and what it takes for granted."""
     tags = {tag for x in sentences(script) for tag in x.get("tags", [])}
-    tags = [tag for tag in make_details.table() if tag in tags]
+    tags = [tag for tag in DETAILS if tag in tags]
     links = ", ".join(f"[{tag}](details.md#{tag.lower()})" for tag in tags)
     needs = {
         name: x for sentence in sentences(script) for name, x in sentence.get("needs", {}).items()
