@@ -7,6 +7,7 @@ import json
 import math
 import re
 import textwrap
+from pathlib import Path
 
 from make_larger import DOCS, load
 from make_rlhf import table
@@ -138,6 +139,11 @@ def page():
     before, _, rest = PAGE.read_text().partition(MARKS[0])
     _, end, after = rest.partition(MARKS[1])
     return "\n".join([before + MARKS[0], *others(), "", end + after])
+
+
+def pages() -> dict[Path, str]:
+    """What docs/make.py compares."""
+    return {PAGE: page()}
 
 
 if __name__ == "__main__":

@@ -184,6 +184,11 @@ def plot(groups, task, path):
     plt.close(figure)
 
 
+def pages() -> dict[Path, str]:
+    """What docs/make.py compares."""
+    return {PAGE: page(load())}
+
+
 if __name__ == "__main__":
     for argument in sys.argv[1:]:
         keep(Path(argument))

@@ -186,5 +186,10 @@ def page() -> str:
     return "\n".join(lines)
 
 
+def pages() -> dict[Path, str]:
+    """What docs/make.py compares."""
+    return {PAGE: page()}
+
+
 if __name__ == "__main__":
     PAGE.write_text(page())

@@ -89,5 +89,10 @@ def page():
     return text
 
 
+def pages() -> dict[Path, str]:
+    """What docs/make.py compares."""
+    return {PAGE: page()}
+
+
 if __name__ == "__main__":
     PAGE.write_text(page())

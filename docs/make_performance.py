@@ -20,8 +20,8 @@ RESULTS = DOCS / "results"
 
 INTRODUCTION = """# Performance
 
-Made by `python docs/make_performance.py` from the files in [results/](results), each written by the
-program that its section names. The machines are shared and noisy: programs run in turn, figures are
+Made by `python docs/make.py` from the files in [results/](results), each written by the program
+that its section names. The machines are shared and noisy: programs run in turn, figures are
 medians, and ratios mean more than steps per second."""
 
 NO_GPU = """Nothing here is of a GPU yet: none of it has been seen on one, nor has the graph of the
@@ -282,6 +282,11 @@ def page():
     if has_gpu:
         lines += ["", *gpu_section(RESULTS / "gpu")]
     return "\n".join(lines) + "\n"
+
+
+def pages() -> dict[Path, str]:
+    """What docs/make.py compares."""
+    return {DOCS / "performance.md": page()}
 
 
 if __name__ == "__main__":

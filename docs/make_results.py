@@ -368,6 +368,8 @@ def page(runs, peers, long):
             lines += ["", precisions(runs)]
         elif missed := misses(groups, of_section):
             lines += ["", missed]
+        if absent := [name_of(x) for x in groups if not select(of_section, x.env_id, x.changes)]:
+            lines += ["", f"Not run yet: {', '.join(absent)}."]
         lines += ["", f"![{section}: return over steps and time](results/{picture(section)})"]
     lines += [
         "",
@@ -460,10 +462,20 @@ def plot(section, runs, peers):
     plt.close(figure)
 
 
+def everything():
+    """All runs, CleanRL's, and the long ones as far as they have come."""
+    return load(), load(results=RESULTS / "cleanrl"), load_long()
+
+
+def pages() -> dict[Path, str]:
+    """What docs/make.py compares."""
+    return {DOCS / "results.md": page(*everything())}
+
+
 if __name__ == "__main__":
     for argument in sys.argv[1:]:
         keep(Path(argument))
-    kept, theirs, unfinished = load(), load(results=RESULTS / "cleanrl"), load_long()
+    kept, theirs, unfinished = everything()
     (DOCS / "results.md").write_text(page(kept, theirs, unfinished))
     for title in SECTIONS:
         plot(title, kept + unfinished if title == "Atari" else kept, theirs)

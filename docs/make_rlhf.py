@@ -240,6 +240,11 @@ def plot(runs, path):
     figure.savefig(path, dpi=100, metadata={"Software": None})
 
 
+def pages() -> dict[Path, str]:
+    """What docs/make.py compares."""
+    return {PAGE: page(load())}
+
+
 if __name__ == "__main__":
     for argument in sys.argv[1:]:
         keep(Path(argument))

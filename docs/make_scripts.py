@@ -172,8 +172,7 @@ def other_defaults() -> list[str]:
 @functools.cache
 def kept_results() -> tuple[list, list, list]:
     """Of the classic scripts: all kept runs, CleanRL's, and long ones as far as they have come."""
-    peers = make_results.load(results=make_results.RESULTS / "cleanrl")
-    return make_results.load(), peers, make_results.load_long()
+    return make_results.everything()
 
 
 @functools.cache

@@ -101,5 +101,10 @@ def page(*results):
     return before + figures(*results) + rest.split(MARKS[1])[1]
 
 
+def pages() -> dict[Path, str]:
+    """What docs/make.py compares."""
+    return {PAGE: page(*load())}
+
+
 if __name__ == "__main__":
     PAGE.write_text(page(*load()))

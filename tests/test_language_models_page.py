@@ -1,4 +1,4 @@
-"""docs/language_models.md and docs/migrating.md: their commands, with tiny models and sizes."""
+"""docs/language_models.md and, of docs/migrating.md, TRL: their commands, with tiny models."""
 
 import re
 import runpy
@@ -19,6 +19,7 @@ pytestmark = pytest.mark.xdist_group("language_models_page")
 PAGES = {
     name: (ROOT / "docs" / f"{name}.md").read_text() for name in ("language_models", "migrating")
 }
+PAGES["migrating"] = PAGES["migrating"].partition("\n## Coming from TRL's PPOTrainer\n")[2]
 FILE = r"`(\w+\.(?:jsonl|py))`:\n\n```\w+\n(.+?)^```$"
 BLOCK = r"(?ms)^```(\w+)\n(.+?)^```$"
 COMMANDS = [

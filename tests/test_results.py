@@ -10,15 +10,14 @@ import make_performance
 import make_results
 from conftest import ROOT
 
-RUNS = make_results.load()
-PEERS = make_results.load(results=make_results.RESULTS / "cleanrl")
+RUNS, PEERS, LONG = make_results.everything()
 each_run = pytest.mark.parametrize(
     ("config", "metrics"), RUNS + PEERS, ids=[config["run_name"] for config, _ in RUNS + PEERS]
 )
 
 
 def test_page_is_up_to_date():
-    page = make_results.page(RUNS, PEERS, make_results.load_long())
+    page = make_results.page(RUNS, PEERS, LONG)
     assert (ROOT / "docs" / "results.md").read_text() == page
 
 
@@ -73,19 +72,13 @@ each_group = pytest.mark.parametrize("group", make_results.GROUPS, ids=lambda x:
 @each_group
 def test_mean_score_is_at_least_what_is_asked(group):
     runs = make_results.select(RUNS, group.env_id, group.changes)
-    if group.env_id.startswith("Breakout"):
-        runs = make_results.load_long()
     scores = [make_results.last_100(metrics) for _, metrics in runs]
-    assert scores
     assert group.least_mean is None or np.mean(scores) >= group.least_mean
 
 
 @each_group
-def test_every_seed_reaches_its_least_score(group, request):
-    """Known to miss: seed 2 of Hopper-v5. Strict, so that a better run takes the mark away."""
+def test_every_seed_reaches_its_least_score(group):
     env_id, changes, least, *_ = group
-    if env_id == "Hopper-v5":
-        request.applymarker(pytest.mark.xfail(reason="seed 2 ends at 1,653", strict=True))
     scores = [make_results.last_100(m) for _, m in make_results.select(RUNS, env_id, changes)]
     assert least is None or min(scores) >= least
 

@@ -11,7 +11,6 @@ import math
 import os
 import pty
 import re
-import struct
 import subprocess
 import sys
 import termios
@@ -24,6 +23,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
+from wandb_file import records as wandb_records
 
 from conftest import ROOT, SCRIPTS, command_line, metrics, train
 from envs import Scripted
@@ -557,26 +557,6 @@ def test_wandb_calls(name, env_id, monkeypatch):
     assert run.defined == [(("*",), {"step_metric": "global_step"})]
     check_rows(run.rows, metrics())
     assert run.finished in ([None], [0])
-
-
-def wandb_records(path):
-    """The records of a .wandb file: LevelDB's log format with W&B's own header of 7 bytes."""
-    from wandb.proto import wandb_internal_pb2
-
-    data, position, payload = path.read_bytes(), 7, b""
-    assert data[:4] == b":W&B"
-    while position + 7 <= len(data):
-        left = 32768 - position % 32768  # in this block
-        if left < 7:
-            position += left
-            continue
-        _, length, kind = struct.unpack_from("<IHB", data, position)
-        payload += data[position + 7 : position + 7 + length]
-        position += 7 + length
-        if kind in (1, 4):  # complete: FULL or LAST, else FIRST or MIDDLE
-            yield wandb_internal_pb2.Record.FromString(payload)
-            payload = b""
-    assert not payload
 
 
 def offline(folder, *flags, **env):

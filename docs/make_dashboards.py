@@ -1,0 +1,92 @@
+"""Makes the tables of docs/dashboards.md from the kept runs and from what openrlbenchmark has read.
+
+python docs/make_dashboards.py
+"""
+
+import csv
+import json
+import re
+import textwrap
+from pathlib import Path
+
+import numpy as np
+
+from make_results import is_stopped, load
+
+DOCS = Path(__file__).resolve().parent
+PAGE = DOCS / "dashboards.md"
+READ = DOCS / "results" / "openrlbenchmark"
+RUNS = {"CartPole-v1": ("ppo_discrete", 500_000), "HalfCheetah-v5": ("ppo_continuous", 1_000_000)}
+METRICS = ("approx_kl", "clipfrac", "explained_variance", "entropy")
+
+
+def tenth(metrics, name: str, last: bool) -> float:
+    """The mean of a metric over the first or the last tenth of the steps of a run."""
+    steps, values = metrics[name]
+    end = steps.max()
+    return float(np.nanmean(values[steps > 0.9 * end] if last else values[steps <= 0.1 * end]))
+
+
+def health() -> str:
+    """First and last tenth of runs with default settings: the mean over the seeds, their range."""
+    header, columns, counts = ["metric"], [], []
+    for env_id, (script, steps) in RUNS.items():
+        default = {"exp_name": script, "total_timesteps": steps}
+        runs = [
+            metrics
+            for config, metrics in load(env_id)
+            if {k: config[k] for k in default} == default and not is_stopped(config)
+        ]
+        counts.append(f"{env_id} {len(runs)}")
+        for last in (False, True):
+            header.append(f"{env_id}, {'last' if last else 'first'} tenth")
+            columns.append([[tenth(x, f"losses/{name}", last) for x in runs] for name in METRICS])
+    rows = [header, ["---"] * len(header)]
+    for i, name in enumerate(METRICS):
+        cells = [f"{np.mean(x[i]):.2g} ({min(x[i]):.2g} to {max(x[i]):.2g})" for x in columns]
+        rows.append([f"`losses/{name}`", *cells])
+    text = "".join(f"| {' | '.join(row)} |\n" for row in rows)
+    return f"{text}\nRuns of [results.md](results.md) with default settings: {', '.join(counts)}.\n"
+
+
+def read() -> str:
+    """What openrlbenchmark found, a row for each filter."""
+    origin = json.loads(READ.with_suffix(".json").read_text())
+    with open(READ.with_suffix(".csv")) as file:
+        rows = list(csv.DictReader(file))
+    header = ["openrlbenchmark", "environment", "filter", "runs", "rows", "last 100"]
+    lines = [[*header, "`metrics.csv`"], ["---"] * 7]
+    for row in rows:
+        if row["metric"] == "charts/episodic_return":
+            names = (f"`{row['env_id']}`", f"`{row['filter']}`")
+            numbers = (row["found"], row["rows"], row["score"])
+            lines.append([row["version"][:12], *names, *numbers, row["ours_score"]])
+    others = [row for row in rows if row["metric"] != "charts/episodic_return"]
+    metrics = dict.fromkeys(row["metric"] for row in others)
+    text = "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    versions = ", ".join(f"{k} {v}" for k, v in origin["reader"].items())
+    words = f"The same with the other {len(metrics)} metrics of CleanRL's `ppo.py`:"
+    words += f" {', '.join(f'`{x}`' for x in metrics)}."
+    how = f"`{origin['command']}`, {origin['date']}; read with {versions}; run with wandb"
+    how += f" {origin['versions']['wandb']}, torch {origin['versions']['torch']}; commit"
+    how += f" {origin['commit'][:12]}."
+    paragraphs = [textwrap.fill(x, 100, break_on_hyphens=False) for x in (words, how)]
+    return "\n".join([text, f"{paragraphs[0]}\n", f"{paragraphs[1]}\n"])
+
+
+PARTS = {"health": health, "read": read}
+
+
+def pages() -> dict[Path, str]:
+    """The page, its made parts anew."""
+    text = PAGE.read_text()
+    for name, part in PARTS.items():
+        marks = (f"<!-- {name}, by make_dashboards.py -->\n", f"<!-- end of {name} -->")
+        before, _, after = re.split("|".join(map(re.escape, marks)), text)
+        text = f"{before}{marks[0]}\n{part()}\n{marks[1]}{after}"
+    return {PAGE: text}
+
+
+if __name__ == "__main__":
+    for path, text in pages().items():
+        path.write_text(text)
