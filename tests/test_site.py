@@ -33,6 +33,7 @@ QUESTIONS = {
     "My run does not learn. What now?": ("ppo.md#when-it-goes-wrong", "`explained_variance`"),
     "PPO, GRPO, DPO or something else?": ("ppo.md#ppo-beside-its-relatives", "ZPPO"),
     "Which line is which equation?": ("equations.md", "The clipped surrogate objective"),
+    "How do I cite it?": ("paper.md#references", "@misc{ppo37"),
 }
 
 # Programs whose pages are compared by a test of their own, which has read the runs for more.
@@ -44,6 +45,8 @@ COMPARED = {
     "make_diffs": "test_annotated.py",
     "make_equations": "test_annotated.py",
     "make_larger": "test_larger_page.py",
+    "make_machines": "test_contributing.py",
+    "make_paper": "test_paper_page.py",
     "make_performance": "test_results.py",
     "make_ppo": "test_ppo_page.py",
     "make_results": "test_results.py",
