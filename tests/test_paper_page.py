@@ -134,6 +134,8 @@ def test_a_table_has_the_defaults_of_each_script():
     assert rows["Learning rate"][1] == r"$3 \cdot 10^{-4}$"
     assert rows["Entropy bonus $c_2$"][1] == "$0$"
     assert "Clip range falls to zero" not in rows  # off everywhere
+    alone = dict(make_paper.rows(make_paper.columns_of([ROOT / "ppo_continuous.py"])))
+    assert alone["Entropy bonus $c_2$"] == "$0$"  # a weight of 0 is one
 
 
 def test_a_table_of_a_run_has_what_the_run_had(tmp_path, capsys):
