@@ -69,7 +69,7 @@ SHORT = {  # script -> what makes its training short, and how it goes on from it
     "ppo_discrete.py": ((*EAGER, "2048"), (*ON, "2560")),
     "ppo_continuous.py": ((*EAGER, "4096"), (*ON, "6144")),
     "ppo_atari.py": ((*EAGER, "2048"), (*ON, "3072")),
-    "ppo_atari_lstm.py": ((*EAGER, "2048"), (*ON, "3072")),
+    "ppo_atari_lstm.py": (("--no-cuda", "--total-timesteps", "2048"), (*ON, "3072")),
     "ppo_rlhf.py": (
         (
             *("--sft-texts", "256", "--rm-pairs", "64", "--rm-test-pairs", "64"),

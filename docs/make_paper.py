@@ -21,12 +21,14 @@ import textwrap
 import tomllib
 from pathlib import Path
 
+import numpy as np
 import yaml
 
 DOCS = Path(__file__).resolve().parent
 ROOT = DOCS.parent
 sys.path.append(str(ROOT))  # where the scripts are
 import make_details  # noqa: E402
+import make_results  # noqa: E402
 from make_rlhf import table as markdown_table  # noqa: E402
 
 PAGE = DOCS / "paper.md"
@@ -276,6 +278,14 @@ def flag(name: str, value) -> str:
     return f"--{words} {value}"
 
 
+def scores() -> str:
+    """What the program on the page prints of the kept runs of Acrobot-v1."""
+    found = np.array([make_results.last_100(x) for _, x in make_results.load("Acrobot-v1")])
+    low, high = make_results.interval(found)
+    first = f"{len(found)} seeds, mean {found.mean():.1f} +- {found.std():.1f}"
+    return f"{first}\nIQM {make_results.iqm(found):.1f} [{low:.1f}, {high:.1f}]"
+
+
 PARTS = {
     "listing": lambda: fenced("latex", listing(ROOT / "ppo_discrete.py", ["gae", "ppo_loss"])),
     "preamble": lambda: fenced("latex", PREAMBLE.rstrip()),
@@ -283,6 +293,7 @@ PARTS = {
     "table of rlhf": lambda: both("rlhf"),
     "paragraphs": paragraphs,
     "bibtex": lambda: fenced("bibtex", bibtex()),
+    "scores": lambda: fenced("", scores()),
 }
 
 
