@@ -36,7 +36,12 @@ QUESTIONS = {
     "What does my metric mean?": ("ppo_discrete.md#metrics", "`losses/explained_variance`"),
     "My run does not learn. What now?": ("ppo.md#when-it-goes-wrong", "`explained_variance`"),
     "PPO, GRPO, DPO or something else?": ("ppo.md#ppo-beside-its-relatives", "ZPPO"),
+    "How do I use my own environment?": ("your_own.md", "gym.register"),
+    "How do I cite it?": ("paper.md#references", "@"),
+    "What do I change for 8 GPUs?": ("scaling.md", "torchrun --nproc_per_node=8"),
+    "How do I go on with a run?": ("runs.md#it-goes-on", "--resume"),
     "Which line is which equation?": ("equations.md", "The clipped surrogate objective"),
+    "How do I cite it?": ("paper.md#references", "@misc{ppo37"),
 }
 
 # Programs whose pages are compared by a test of their own, which has read the runs for more.
@@ -49,7 +54,9 @@ COMPARED = {
     "make_diffs": "test_annotated.py",
     "make_equations": "test_annotated.py",
     "make_larger": "test_larger_page.py",
+    "make_machines": "test_contributing.py",
     "make_migrating": "test_migrating.py",
+    "make_paper": "test_paper_page.py",
     "make_performance": "test_results.py",
     "make_ppo": "test_ppo_page.py",
     "make_results": "test_results.py",
