@@ -42,7 +42,7 @@ def tried() -> list[str]:
         body.append((name, *versions, first["date"], *cells))
         said += [f"- {name}, {row['script']}: `{row['said']}`" for row in rows if row["said"]]
     head = ("set", "Python", "torch", "Gymnasium", "date", *SCRIPTS.values())
-    return [*table(head, *body), "", "What they said:", "", *said]
+    return [*table(head, *body), "", *(["What they said:", "", *said] if said else [])]
 
 
 def page() -> str:
