@@ -18,7 +18,7 @@ an interval without width.
 A run below its interval fails, and so does one that ends in an error; one above is called better
 and does not fail. If scores are normally distributed, one run in 40 lies below. At most one in 20
 of the stored runs may, each compared with the others of its task, which a test counts: at this
-level none of the 18 does. They are few: a rate of 15 % would show none in one case of 20. Whoever
+level none of the 30 does. They are few: a rate of 9.5 % would show none in one case of 20. Whoever
 sees an alarm trains with another seed; two in a row are hardly an accident.
 
 Prints a line for each task and writes nothing but a temporary folder. Exit code 0: none is below;
