@@ -111,7 +111,10 @@ def test_ten_compiled_updates_are_those_without_compiling(script, monkeypatch, c
         torch.testing.assert_close(fast[name], expected, atol=1e-5, rtol=0.0, msg=name)
 
 
-@pytest.mark.parametrize("script", [ppo_discrete, ppo_continuous, ppo_atari])
+SLOW = [pytest.param(x, marks=pytest.mark.slow) for x in (ppo_continuous, ppo_atari)]
+
+
+@pytest.mark.parametrize("script", [ppo_discrete, *SLOW])
 def test_without_autograd_in_the_graph_loss_and_clipping_are_compiled(script, monkeypatch, capsys):
     """As torch before 2.13 has it: two graphs, backward() between them, the numbers of eager."""
     loop = {"num_steps": 20, "num_minibatches": 5, "update_epochs": 1, "learning_rate": 1e-3}
