@@ -83,13 +83,6 @@ NOTES = {  # what sets the runs of a group apart, in words
     ("exp_name", "ppo_atari"): "no memory",
     ("exp_name", "ppo_atari_lstm"): "with memory, bf16",
 }
-SCRIPTS = {  # section -> scripts whose page shows it
-    "Classic control": ("ppo_discrete",),
-    "MuJoCo": ("ppo_continuous",),
-    "Atari": ("ppo_atari", "ppo_atari_lstm"),
-    "Time limits": ("ppo_continuous",),
-}
-
 INTRODUCTION = """# Results
 
 <!-- made by docs/make_results.py, do not edit -->
@@ -107,8 +100,8 @@ Made from the runs in [results/](results), which hold every episode. What the co
   environment seeds.
 - **lowest seed**: with the least score that a test asks of every seed, where it asks for one.
 - **CleanRL**: what it [publishes](https://github.com/vwxyzjn/cleanrl/tree/fe8d8a0/docs/benchmark),
-  three seeds, MuJoCo v4. **here**: CleanRL's script run on the same machine with the same Gymnasium
-  and torch by [cleanrl_shim.py](../benchmarks/cleanrl_shim.py).
+  three seeds, MuJoCo v4. A column **here** stands where its script was run with the same Gymnasium
+  and torch by [cleanrl_shim.py](../benchmarks/cleanrl_shim.py); none was yet.
 - **Baselines**: openai/baselines' ppo2 with MuJoCo v2, from
   [the blog post](https://iclr-blog-track.github.io/2022/03/25/ppo-implementation-details/) for
   classic control, from [Open RL Benchmark](https://github.com/openrlbenchmark/openrlbenchmark) for
