@@ -832,7 +832,7 @@ class Run:
                     break
             (self.folder / Path(__file__).name).write_bytes(Path(__file__).read_bytes())
             self.metrics = self.folder / "metrics.csv"
-            self.bytes = self.metrics.write_text("global_step,time,name,value\n")
+            self.bytes = self.metrics.write_text("global_step,time,name,value\n", newline="\n")
         (self.folder / "config.json").write_text(json.dumps(text, indent=2))
         return config
 
@@ -855,7 +855,7 @@ class Run:
         """A row for each metric in metrics.csv; in W&B one for all of them, and finished videos."""
         rows = [(step, t, name, x) for step, t, row in self.rows for name, x in row.items()]
         text = "".join(f"{step},{t:.3f},{name},{x:.9g}\n" for step, t, name, x in rows)
-        with open(self.metrics, "a") as file:
+        with open(self.metrics, "a", newline="\n") as file:
             file.write(text)
         self.bytes += len(text)
         for step, _, row in self.rows:

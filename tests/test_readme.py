@@ -5,12 +5,14 @@ import re
 import shutil
 import subprocess
 import sys
+import tomllib
 from importlib.metadata import version
 from pathlib import Path
 
 import pytest
 
 from conftest import ROOT
+from test_text import dependencies
 
 README = (ROOT / "README.md").read_text()
 COMMANDS = [
@@ -46,6 +48,45 @@ def test_training_command(command):
         files |= {"samples.jsonl", "reference.pt", "reward_model.pt"}
     assert {path.name for path in run.iterdir()} == files
     assert Path("wandb").exists() == ("--track" in command)
+
+
+def uv(*words, timeout=120):
+    """Where pip is told to look for wheels, uv looks, too: torch for the CPU may be there."""
+    wheels = [sys.executable, "-m", "pip", "config", "get", "global.find-links"]
+    wheels = subprocess.run(wheels, check=False, capture_output=True, text=True).stdout.strip()
+    return subprocess.run(
+        [sys.executable, "-m", "uv", *words],
+        check=False,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        env=os.environ | ({"UV_FIND_LINKS": wheels} if wheels else {}),
+    )
+
+
+@pytest.mark.parametrize("script", ["ppo_atari.py", "ppo_rlhf.py"])  # the others ask for the same
+def test_uv_resolves_what_a_script_asks_for(script):
+    shutil.copy(ROOT / script, ".")
+    done = uv("lock", "--script", script, "--python", sys.executable)
+    if "Failed to fetch" in done.stderr:
+        pytest.skip("no package index can be reached")
+    assert done.returncode == 0, done.stderr
+    lock = tomllib.loads(Path(f"{script}.lock").read_text())
+    versions = {package["name"]: package["version"] for package in lock["package"]}
+    for name, requirement in dependencies((ROOT / script).read_text()).items():
+        assert requirement.specifier.contains(versions[name]), name
+    assert len(versions) > 30  # what these need, too
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script", sorted(path.name for path in ROOT.glob("ppo_*.py")))
+def test_uv_run(script):
+    """In an environment that uv makes for it, for a few steps."""
+    shutil.copy(ROOT / script, ".")
+    steps = SHORT.split() if "rlhf" in script else ["--total-timesteps", "2048"]
+    done = uv("run", "--python", sys.executable, script, *steps, "--no-cuda", timeout=1800)
+    assert done.returncode == 0, done.stderr
+    assert len(list(Path("runs").glob("*/checkpoint.pt"))) == 1
 
 
 def test_every_other_command_is_executed_by_ci():

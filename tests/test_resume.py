@@ -182,6 +182,23 @@ def test_a_finished_run_is_extended(monkeypatch, capsys):
     assert len([1 for _, metric, _ in rows(folder) if metric == "losses/loss"]) == 12
 
 
+def test_metrics_are_cut_between_rows_where_lines_end_in_two_characters(monkeypatch):
+    """As on Windows, where text files write "\\r\\n" unless they are told otherwise."""
+
+    def on_windows(file, mode="r", *args, newline=None, **kwargs):
+        writes_text = mode in ("w", "a") and newline is None
+        return open(file, mode, *args, newline="\r\n" if writes_text else newline, **kwargs)
+
+    monkeypatch.setattr(Path, "open", on_windows)
+    monkeypatch.setattr(ppo_discrete, "open", on_windows, raising=False)
+    _, folder = train("discrete")
+    before = (folder / "metrics.csv").read_bytes()
+    assert b"\r" in (folder / "config.json").read_bytes()
+    assert torch.load(folder / "checkpoint.pt")["metrics_bytes"] == len(before)
+    resume("discrete", folder, "--total-timesteps", "256")
+    assert (folder / "metrics.csv").read_bytes().startswith(before)
+
+
 def test_the_first_observations_are_not_counted_twice(monkeypatch):
     folder = interrupted("continuous", monkeypatch)
     before = torch.load(folder / "checkpoint.pt", weights_only=True)["obs_count"].item()
