@@ -49,7 +49,7 @@ class SummaryWriter:
     def add_text(self, name, text):
         """The hyperparameters, a table in Markdown: to config.json, with what ours has there."""
         script = Path(sys.argv[0]).resolve()
-        rows = (line.strip("|").split("|") for line in text.splitlines()[2:])
+        rows = (line[1:-1].split("|") for line in text.splitlines()[2:])  # |key|value|
         config = dict(rows)
         for key, text_of_value in config.items():
             with contextlib.suppress(ValueError, SyntaxError):  # a string such as CartPole-v1

@@ -117,10 +117,11 @@ def test_shim_writes_the_hyperparameters(monkeypatch):
     script.parent.mkdir(parents=True)
     script.write_text("pass\n")
     monkeypatch.setattr(sys, "argv", [str(script), "--seed", "7", "--no-cuda"])
-    table = "|param|value|\n|-|-|\n|env_id|CartPole-v1|\n|seed|7|\n|target_kl|None|\n|gamma|0.99|"
+    rows = ("env_id|CartPole-v1", "seed|7", "target_kl|None", "gamma|0.99", "hf_entity|")
+    table = "\n".join(f"|{row}|" for row in ("param|value", "-|-", *rows))
     cleanrl_shim.SummaryWriter("runs/b").add_text("hyperparameters", table)
     config = json.loads(Path("runs/b/config.json").read_text())
-    known = {"env_id": "CartPole-v1", "seed": 7, "target_kl": None, "gamma": 0.99}
+    known = {"env_id": "CartPole-v1", "seed": 7, "target_kl": None, "gamma": 0.99, "hf_entity": ""}
     assert known.items() <= config.items()
     assert config["command"] == (
         "benchmarks/cleanrl_shim.py CLONE/cleanrl/ppo.py --seed 7 --no-cuda"
@@ -690,7 +691,7 @@ def test_phases_of_trl(trl):
         assert {row[2]: row[3] for row in rows} == values | {"ppo/episode": 4 * step}
 
 
-@pytest.mark.parametrize("real", [True, False])
+@pytest.mark.parametrize("real", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_ours_and_trl_have_the_same_settings(monkeypatch, tiny, trl, real):
     settings = []
 

@@ -38,7 +38,7 @@ def compiling(monkeypatch):
         (ppo_continuous, "aot_eager", (), False),
         (ppo_atari, "aot_eager", (), False),
         (ppo_atari, "aot_eager", ("bf16",), False),
-        (ppo_continuous, "inductor", (), False),
+        pytest.param(ppo_continuous, "inductor", (), False, marks=pytest.mark.slow),
     ],
 )
 def test_gradient_compiles_whole_and_only_once(script, backend, precision, penalty):
@@ -80,7 +80,10 @@ def test_gradient_compiles_whole_and_only_once(script, backend, precision, penal
             torch.testing.assert_close(compiled[name], expected, atol=1e-6, rtol=1e-5, msg=name)
 
 
-@pytest.mark.parametrize("script", [ppo_discrete, ppo_continuous, ppo_atari])
+SLOW = [pytest.param(x, marks=pytest.mark.slow) for x in (ppo_discrete, ppo_atari)]
+
+
+@pytest.mark.parametrize("script", [ppo_continuous, *SLOW])
 def test_ten_compiled_updates_are_those_without_compiling(script, monkeypatch, capsys):
     """Two rollouts of five minibatches. The first of each is on-policy, to 1e-5 in every ratio."""
     stats, make = [], script.compiled
@@ -111,10 +114,8 @@ def test_ten_compiled_updates_are_those_without_compiling(script, monkeypatch, c
         torch.testing.assert_close(fast[name], expected, atol=1e-5, rtol=0.0, msg=name)
 
 
-SLOW = [pytest.param(x, marks=pytest.mark.slow) for x in (ppo_continuous, ppo_atari)]
-
-
-@pytest.mark.parametrize("script", [ppo_discrete, *SLOW])
+@pytest.mark.slow
+@pytest.mark.parametrize("script", [ppo_discrete, ppo_continuous, ppo_atari])
 def test_without_autograd_in_the_graph_loss_and_clipping_are_compiled(script, monkeypatch, capsys):
     """As torch before 2.13 has it: two graphs, backward() between them, the numbers of eager."""
     loop = {"num_steps": 20, "num_minibatches": 5, "update_epochs": 1, "learning_rate": 1e-3}
@@ -150,7 +151,13 @@ def logged(folder, *flags, stderr="", **env):
 
 
 @pytest.mark.xdist_group("eager_rows")
-@pytest.mark.parametrize("compiler", [None, BROKEN_COMPILER], ids=["none", "broken"])
+@pytest.mark.parametrize(
+    "compiler",
+    [
+        pytest.param(None, id="none"),
+        pytest.param(BROKEN_COMPILER, id="broken", marks=pytest.mark.slow),
+    ],
+)
 def test_without_a_compiler_a_run_is_slower_and_says_so(compiler, eager_rows, tmp_path):
     """One line on stderr, and the metrics of --no-compile."""
     folder = tmp_path / "bin"  # all there is on the path

@@ -100,6 +100,7 @@ def test_whole_rehearsal(tmp_path):
     assert full["seconds_per_update"] > 0
 
 
+@pytest.mark.slow
 def test_what_fails_is_in_its_table_and_counted(tmp_path):
     """A script that is missing: the parts that need it fail, the others go on."""
     status = program(tmp_path, "--call", "a", "--scripts", "ppo_none.py", timeout=300)

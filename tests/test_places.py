@@ -35,7 +35,10 @@ def noise(stderr):
     return [line for line in stderr.splitlines() if "A.L.E" not in line and "Stella" not in line]
 
 
-@pytest.mark.parametrize("script", TINY)
+SLOW = [pytest.param(x, marks=pytest.mark.slow) for x in ("continuous", "atari", "atari_lstm")]
+
+
+@pytest.mark.parametrize("script", ["discrete", "rlhf", *SLOW])
 def test_output_that_is_closed_does_not_stop_a_run(script):
     """As by `| head -1`: it goes on to the end and the checkpoint is there."""
     process = start(script)
@@ -60,7 +63,7 @@ def test_bare_surroundings(script, tmp_path):
     assert stdout.splitlines()[-1] == f"written to {saved.parent.relative_to(folder)}"
 
 
-@pytest.mark.parametrize("script", ["discrete", "atari", "rlhf"])
+@pytest.mark.parametrize("script", ["discrete", "rlhf", SLOW[1]])
 def test_a_place_that_cannot_be_written_to(script):
     """One line. The administrator may write anywhere, so a file stands where the folder would."""
     Path("runs").write_text("")
@@ -88,8 +91,15 @@ def read(folder):
     return [(step, name, x) for step, _, name, x in rows if name != "charts/SPS"]
 
 
-@pytest.mark.parametrize("script", ["discrete", "continuous"])
-@pytest.mark.parametrize("vectorization", ["sync", "async"])
+@pytest.mark.parametrize(
+    ("script", "vectorization"),
+    [
+        ("discrete", "async"),
+        ("continuous", "sync"),
+        pytest.param("discrete", "sync", marks=pytest.mark.slow),
+        pytest.param("continuous", "async", marks=pytest.mark.slow),
+    ],
+)
 def test_nothing_on_stderr_in_a_normal_run(script, vectorization):
     """HalfCheetah's model has what MuJoCo calls deprecated. The others are above."""
     flags = ["--vectorization", vectorization]

@@ -436,8 +436,15 @@ def children(process):
     return found.stdout.decode().split()
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-@pytest.mark.parametrize("everyone", [False, True], ids=["process", "group"])
+@pytest.mark.parametrize(
+    ("number", "everyone"),
+    [
+        (signal.SIGINT, True),
+        (signal.SIGTERM, False),
+        pytest.param(signal.SIGINT, False, marks=pytest.mark.slow),
+        pytest.param(signal.SIGTERM, True, marks=pytest.mark.slow),
+    ],
+)
 def test_a_signal_ends_a_run_after_its_iteration(number, everyone):
     """With a checkpoint, the command to go on and the signal as exit code; nobody is left over."""
     process = start("--total-timesteps", "10000000", "--vectorization", "async")
@@ -546,7 +553,7 @@ def test_an_environment_that_cannot_be_made_in_its_process():
     assert children(process) == []
 
 
-@pytest.mark.parametrize("context", ["spawn", "forkserver"])
+@pytest.mark.parametrize("context", ["spawn", pytest.param("forkserver", marks=pytest.mark.slow)])
 def test_other_ways_to_start_processes(context):
     """As on Windows and macOS, and on Linux from Python 3.14."""
     code = f"""
@@ -656,7 +663,10 @@ def evaluate(name, folder, capsys, *flags):
     return capsys.readouterr().out.splitlines(), [line.split(",") for line in lines[1:]]
 
 
-@each_script
+@pytest.mark.parametrize(
+    "name",
+    ["discrete", "continuous", "atari", pytest.param("atari_lstm", marks=pytest.mark.slow)],
+)
 def test_evaluation(name, capsys):
     """Whole games, a table and a row for each; nothing else in the folder changes."""
     quick = {"env_kwargs": '{"max_num_frames_per_episode": 200}'} if "atari" in name else {}

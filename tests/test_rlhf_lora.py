@@ -832,13 +832,17 @@ def test_plan_of_the_scripts_own_model():
 
 
 WIDE = dict(hidden_size=256, num_hidden_layers=3, num_attention_heads=8)
-FRUGAL = ("--lora-rank=8", "--precision=bf16", "--gradient-checkpointing", "--logprob-chunk=32")
+LORA_BF16 = ("--lora-rank=8", "--precision=bf16")
+FRUGAL = (*LORA_BF16, "--gradient-checkpointing", "--logprob-chunk=32")
 
 
 @pytest.mark.parametrize(
     "kind, more",
-    [("gpt2", ()), ("llama", ("--lora-rank=8", "--precision=bf16")), ("llama", FRUGAL)],
-    ids=["gpt2", "bf16", "frugal"],
+    [
+        pytest.param("gpt2", (), id="gpt2"),
+        pytest.param("llama", FRUGAL, id="frugal"),
+        pytest.param("llama", LORA_BF16, id="bf16", marks=pytest.mark.slow),
+    ],
 )
 def test_plan_is_what_an_update_takes(kind, more, files):
     """To 2 %: the same numbers, of a real update of texts that are as long as may be."""

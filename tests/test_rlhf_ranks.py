@@ -633,7 +633,7 @@ def forget(rank):
 
 @pytest.mark.parametrize(
     "step, stage, its_step",
-    [pytest.param(3, 0, 3, marks=pytest.mark.slow), (9, 1, 1), (15, 2, 2)],
+    [(15, 2, 2), *(pytest.param(*x, marks=pytest.mark.slow) for x in ((3, 0, 3), (9, 1, 1)))],
 )
 def test_x2_what_ranks_began_one_process_or_ranks_end(runs, step, stage, its_step, tmp_path):
     """Stopped in each stage after a signal to one of them; and AdamW's moments do matter."""

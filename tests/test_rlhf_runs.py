@@ -1643,6 +1643,7 @@ def numbers(written):
     return sorted((step, name, float(value)) for step, name, value in written)
 
 
+@pytest.mark.slow
 def test_wandb_offline(offline, functions, monkeypatch, tmp_path):
     """A real run of W&B, stopped and resumed: together it has what metrics.csv has."""
     settings = VERIFIABLE | {"track": True, "reward_fn": (f"{functions}:send",)}

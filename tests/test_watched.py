@@ -236,9 +236,17 @@ gym.register("Mine-v0", Mine)
 KIND = {"ppo_discrete": "Discrete(3)", "ppo_continuous": "Box(-1, 1, (2,))"}
 
 
-@both
+RAISES, NONE = "raise KeyError('fuel')", "return np.zeros(3), None, 0, 0, {{}}"
+
+
 @pytest.mark.parametrize(
-    "fails", ["raise KeyError('fuel')", "return np.zeros(3), None, 0, 0, {{}}"]
+    ("vectorization", "fails"),
+    [
+        ("async", RAISES),
+        ("sync", NONE),
+        pytest.param("sync", RAISES, marks=pytest.mark.slow),
+        pytest.param("async", NONE, marks=pytest.mark.slow),
+    ],
 )
 def test_the_last_line_has_the_last_good_checkpoint(script, vectorization, fails, tmp_path):
     """From the command line; in --env-id, a module in the current folder is enough."""
