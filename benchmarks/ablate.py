@@ -9,9 +9,10 @@ of its text replaced, so that what runs is the script that people read. Each run
 as many seeds as the others, the unchanged script with twice as many. All seeds 1 come first, then
 all seeds 2: a cut loses seeds, no detail.
 
-Results go to docs/results/ablation/, two files for each task and ablation: TASK__NAME.csv.gz, the
-return of every episode of every seed, and TASK__NAME.json, the diff, and for each seed command,
-commit, hash of the text that ran, machine and versions. What is there is not run again.
+Results go to docs/results/ablation/, two files for each task and ablation: TASK__NAME.csv.gz, of
+every seed the return of every episode, or what a task of ppo_rlhf.py has in its place, and
+TASK__NAME.json, the diff, and for each seed command, commit, hash of the text that ran, machine and
+versions. What is there is not run again.
 """
 
 import concurrent.futures
@@ -43,19 +44,37 @@ UNCHANGED = "unchanged"
 LOCK = threading.Lock()  # of the files in RESULTS
 
 
+EPISODES = ("charts/episodic_return",)
+SCORES = ("gold/score", "objective/scores", "eval/ppo/gold/score", "eval/ppo/proxy")
+HERE = "ablation_envs"  # the module with the environments of two tasks
+NO_GAME = (  # in ppo_atari_lstm.py: an environment that is no game, as it is
+    ("        if not isinstance(game.unwrapped, ale_py.AtariEnv):\n", "        if False:\n"),
+    ("Watched(AtariPreprocessing(game), i)", "Watched(game, i)"),
+)
+
+
 @dataclasses.dataclass(frozen=True)
 class Task:
     script: str
-    env_id: str
-    steps: int
+    flags: str
+    steps: int  # of the environments, or episodes of ppo_rlhf.py
     seeds: int  # of each ablation; of the unchanged script twice as many
+    names: tuple[str, ...] = EPISODES  # the metrics that are kept
+    edits: tuple = ()  # what the task itself asks for, before any ablation
 
 
+MEMORY = "--num-envs 8 --num-steps 8 --num-minibatches 2 --learning-rate 1e-3 --vectorization sync"
 TASKS = {
-    "CartPole": Task("ppo_discrete.py", "CartPole-v1", 200_000, 5),
-    "Acrobot": Task("ppo_discrete.py", "Acrobot-v1", 200_000, 5),
-    "HalfCheetah": Task("ppo_continuous.py", "HalfCheetah-v5", 300_000, 3),
-    "Hopper": Task("ppo_continuous.py", "Hopper-v5", 300_000, 3),
+    "CartPole": Task("ppo_discrete.py", "--env-id CartPole-v1", 200_000, 5),
+    "Acrobot": Task("ppo_discrete.py", "--env-id Acrobot-v1", 200_000, 5),
+    "Names": Task("ppo_discrete.py", f"--env-id {HERE}:Names-v0", 50_000, 5),
+    "Recall": Task(
+        *("ppo_atari_lstm.py", f"--env-id {HERE}:Recall-v0 {MEMORY}", 3200, 5), edits=NO_GAME
+    ),
+    "Reviews": Task("ppo_rlhf.py", "", 8320, 5, SCORES),
+    "HalfCheetah": Task("ppo_continuous.py", "--env-id HalfCheetah-v5", 300_000, 3),
+    "Hopper": Task("ppo_continuous.py", "--env-id Hopper-v5", 300_000, 3),
+    "Breakout": Task("ppo_atari.py", "--env-id BreakoutNoFrameskip-v4", 500_000, 4),
 }
 
 
@@ -89,18 +108,18 @@ def table() -> list[Ablation]:
     return [Ablation(UNCHANGED, "", tuple(TASKS)), *ablations]
 
 
-def changed(text: str, ablation: Ablation) -> str:
-    """The script's text without the detail; an error if it is not there exactly once."""
-    for old, new in ablation.edits:
+def changed(text: str, edits: tuple) -> str:
+    """The script's text with lines replaced; an error if one is not there exactly once."""
+    for old, new in edits:
         if (count := text.count(old)) != 1:
-            raise ValueError(f"{ablation.detail}: {count} times in the script: {old.strip()}")
+            raise ValueError(f"{count} times in the script: {old.strip()}")
         text = text.replace(old, new.lstrip("\n"))
     return text
 
 
-def diff(text: str, ablation: Ablation) -> str:
+def diff(text: str, edits: tuple) -> str:
     """What is taken away and what takes its place, as lines of a unified diff."""
-    pair = text.splitlines(), changed(text, ablation).splitlines()
+    pair = text.splitlines(), changed(text, edits).splitlines()
     lines = list(difflib.unified_diff(*pair, lineterm="", n=0))[2:]
     return "\n".join(line for line in lines if not line.startswith("@@"))
 
@@ -117,8 +136,8 @@ def stored(task: str, ablation: Ablation) -> dict:
     return json.loads(path.read_text()) if path.exists() else {"runs": []}
 
 
-def returns(task: str, ablation: Ablation) -> list[dict]:
-    """The rows of its CSV: seed, global_step, episodic_return."""
+def rows_of(task: str, ablation: Ablation) -> list[dict]:
+    """The rows of its CSV."""
     _, path = files(task, ablation)
     if not path.exists():
         return []
@@ -146,24 +165,25 @@ def jobs(ablations: list[Ablation], only: tuple[str, ...]) -> list[tuple[str, Ab
 
 
 def command(task: Task, ablation: Ablation, seed: int) -> list[str]:
-    flags = ["--env-id", task.env_id, "--total-timesteps", str(task.steps), "--seed", str(seed)]
+    total = "--total-episodes" if task.script == "ppo_rlhf.py" else "--total-timesteps"
+    flags = [*shlex.split(task.flags), total, str(task.steps), "--seed", str(seed)]
     return [task.script, *flags, "--no-cuda", "--torch-threads", "1", *shlex.split(ablation.flags)]
 
 
 def run(name: str, ablation: Ablation, seed: int, commit: str):
     """Train and keep the result."""
     task = TASKS[name]
-    script, words = (ROOT / task.script).read_text(), command(task, ablation, seed)
-    text = changed(script, ablation)
+    script = changed((ROOT / task.script).read_text(), task.edits)
+    text, words = changed(script, ablation.edits), command(task, ablation, seed)
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / task.script).write_text(text)
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-        env = os.environ | {"OMP_NUM_THREADS": "1"}
+        env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(TABLE.parent)}
         process = subprocess.run(
             [sys.executable, *words], check=False, cwd=folder, env=env, **pipes
         )
         if process.returncode:
-            # the rows of a run that ends early are a result, too: such a detail is needed
+            # what a run did that ended early is a result, too: such a detail is needed
             print(f"{name} {ablation.detail} {seed}:", process.stdout.strip().splitlines()[-1:])
         (made,) = Path(folder).glob("runs/*")
         config = json.loads((made / "config.json").read_text())
@@ -180,8 +200,8 @@ def run(name: str, ablation: Ablation, seed: int, commit: str):
         "steps": max((step for step, *_ in metrics), default=0),
         "exit_code": process.returncode,
     }
-    rows = [(step, value) for step, _, key, value in metrics if key == "charts/episodic_return"]
-    keep(name, ablation, entry, rows, diff(script, ablation))
+    rows = [(step, key, f"{x:.6g}") for step, _, key, x in metrics if key in task.names]
+    keep(name, ablation, entry, rows, diff(script, ablation.edits))
 
 
 def keep(task: str, ablation: Ablation, entry: dict, rows: list[tuple], difference: str):
@@ -195,9 +215,9 @@ def keep(task: str, ablation: Ablation, entry: dict, rows: list[tuple], differen
         what |= {"flags": ablation.flags, "diff": difference}
         runs = [x for x in data["runs"] if x["seed"] != seed] + [entry]
         data = of_task | what | {"runs": sorted(runs, key=lambda x: x["seed"])}
-        names = ("seed", "global_step", "episodic_return")
+        names = ("seed", "global_step", "name", "value")
         new = [dict(zip(names, (seed, *row), strict=True)) for row in rows]
-        old = [row for row in returns(task, ablation) if int(row["seed"]) != seed]
+        old = [row for row in rows_of(task, ablation) if int(row["seed"]) != seed]
         text = io.StringIO()
         writer = csv.DictWriter(text, names, lineterminator="\n")
         writer.writeheader()

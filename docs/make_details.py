@@ -13,6 +13,8 @@ from pathlib import Path
 from textwrap import dedent
 from typing import NamedTuple
 
+import make_ablation
+
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "details.md"
 TAG = re.compile(r"\[([CARLMXH]\d{1,2})\]")
@@ -148,7 +150,7 @@ def summary(details, sites, tests) -> list[str]:
     return rows
 
 
-def section(tag, entry, sites, tests) -> list[str]:
+def section(tag, entry, sites, tests, worth) -> list[str]:
     """All about one detail; code that is the same in several scripts is quoted once."""
     lines = [f'<a id="{tag.lower()}"></a>', "", f"## {tag} {entry['title']}", "", entry["why"]]
     if "paper" in entry:
@@ -157,7 +159,9 @@ def section(tag, entry, sites, tests) -> list[str]:
     sources = [f"[{url.split('/blob/')[1].partition('/')[2]}]({url})" for url in entry["source"]]
     lines += [f"- Source: {', '.join(sources)}"]
     names = [f"[{name}](../tests/{file})" for file, name in tests_of(entry, tests)]
-    lines += [f"- Tests: {', '.join(names) or 'none'}", ""]
+    lines += [f"- Tests: {', '.join(names) or 'none'}"]
+    lines += [f"- Worth: {worth}"] if worth else []
+    lines += [""]
     quotes = {}  # code -> sites: the first ones of all scripts, the second ones, ...
     for places in zip_longest(*(found[tag] for found in sites.values())):
         for site in filter(None, places):
@@ -172,7 +176,7 @@ def section(tag, entry, sites, tests) -> list[str]:
 
 
 def page() -> str:
-    details, tests = table(), find_tests()
+    details, tests, worth = table(), find_tests(), make_ablation.worth()
     sites = {}  # script -> tag -> sites
     for name in dict.fromkeys(name for entry in details.values() for name in entry["scripts"]):
         found = find_sites(ROOT / f"ppo_{name}.py")
@@ -182,7 +186,7 @@ def page() -> str:
     lines += [introduction(details)]
     lines += [*summary(details, sites, tests), ""]
     for tag, entry in details.items():
-        lines += section(tag, entry, sites, tests)
+        lines += section(tag, entry, sites, tests, worth.get(tag))
     return "\n".join(lines)
 
 

@@ -5,12 +5,16 @@ import json
 import ablate
 import pytest
 
+import ppo_atari
+import ppo_atari_lstm
 import ppo_continuous
 import ppo_discrete
+import ppo_rlhf
 from conftest import ROOT
 
 TABLE = ablate.table()
-SCRIPTS = {"ppo_discrete.py": ppo_discrete, "ppo_continuous.py": ppo_continuous}
+SCRIPTS = [ppo_discrete, ppo_continuous, ppo_atari, ppo_atari_lstm, ppo_rlhf]
+SCRIPTS = {f"{script.__name__}.py": script for script in SCRIPTS}
 PAIRS = [(task, ablation) for ablation in TABLE for task in ablation.tasks]
 each_pair = pytest.mark.parametrize(
     ("task", "ablation"), PAIRS, ids=[f"{task}-{ablation.name}" for task, ablation in PAIRS]
@@ -18,23 +22,28 @@ each_pair = pytest.mark.parametrize(
 
 
 def text_of(task):
-    return (ROOT / ablate.TASKS[task].script).read_text()
+    task = ablate.TASKS[task]
+    return ablate.changed((ROOT / task.script).read_text(), task.edits)
 
 
 @each_pair
 def test_ablation_fits_its_script(task, ablation):
     """Its lines are there once, what comes of them compiles, and its flags are the script's."""
-    text = ablate.changed(text_of(task), ablation)
+    text = ablate.changed(text_of(task), ablation.edits)
     compile(text, task, "exec")
     assert (text == text_of(task)) == (not ablation.edits)
     assert bool(ablation.flags) + bool(ablation.edits) == (ablation.detail != ablate.UNCHANGED)
     script, *flags = ablate.command(ablate.TASKS[task], ablation, seed=3)
     args = SCRIPTS[script].parse_args(flags)
-    assert (args.seed, args.env_id) == (3, ablate.TASKS[task].env_id)
-    default = {"env_id", "total_timesteps", "seed", "cuda", "torch_threads"}
-    plain = SCRIPTS[script].Args(env_id=args.env_id)
-    others = {x for x in vars(args) if x not in default and getattr(args, x) != getattr(plain, x)}
-    assert bool(others) == bool(ablation.flags)
+    plain = ablate.command(ablate.TASKS[task], TABLE[0], seed=3)[1:]
+    assert args.seed == 3 and not args.cuda
+    assert (args != SCRIPTS[script].parse_args(plain)) == bool(ablation.flags)
+
+
+def test_every_one_of_the_37_is_there():
+    details = {ablation.detail for ablation in TABLE}
+    sizes = {"C": 13, "A": 9, "R": 9, "L": 5, "M": 1}
+    assert {f"{kind}{i + 1}" for kind, size in sizes.items() for i in range(size)} <= details
 
 
 def test_names_of_files_are_different():
@@ -43,16 +52,15 @@ def test_names_of_files_are_different():
 
 
 def test_line_that_is_gone_or_there_twice_is_an_error():
-    ablation = ablate.Ablation("C3", "", ("CartPole",), edits=(("eps", "x"),))
-    assert ablate.changed("a = eps\n", ablation) == "a = x\n"
+    edits = (("eps", "x"),)
+    assert ablate.changed("a = eps\n", edits) == "a = x\n"
     for text in ("a = 1\n", "eps = eps\n"):
-        with pytest.raises(ValueError, match=r"C3: [02] times in the script: eps"):
-            ablate.changed(text, ablation)
+        with pytest.raises(ValueError, match=r"[02] times in the script: eps"):
+            ablate.changed(text, edits)
 
 
 def test_diff_shows_what_is_taken_away():
-    ablation = ablate.Ablation("C3", "", ("CartPole",), edits=(("b\n", "x\ny\n"), ("d\n", "")))
-    assert ablate.diff("a\nb\nc\nd\n", ablation) == "-b\n+x\n+y\n-d"
+    assert ablate.diff("a\nb\nc\nd\n", (("b\n", "x\ny\n"), ("d\n", ""))) == "-b\n+x\n+y\n-d"
 
 
 def entry(seed):
@@ -66,15 +74,15 @@ def empty(monkeypatch, tmp_path):
 
 def test_results_are_kept_by_seed(empty):
     ablation = next(x for x in TABLE if x.detail == "C8")
-    ablate.keep("CartPole", ablation, entry(2), [(10, 1.5), (20, 2.5)], "-a")
-    ablate.keep("CartPole", ablation, entry(1), [(10, 9.0)], "-a")
-    ablate.keep("CartPole", ablation, entry(2), [(30, 3.5)], "-a")  # once more, in its place
+    ablate.keep("CartPole", ablation, entry(2), [(10, "a", 1.5), (20, "a", 2.5)], "-a")
+    ablate.keep("CartPole", ablation, entry(1), [(10, "a", 9.0)], "-a")
+    ablate.keep("CartPole", ablation, entry(2), [(30, "b", 3.5)], "-a")  # once more, in its place
     data = ablate.stored("CartPole", ablation)
     assert [run["seed"] for run in data["runs"]] == [1, 2]
     assert data["diff"] == "-a"
-    assert data["env_id"] == "CartPole-v1"
-    rows = [tuple(row.values()) for row in ablate.returns("CartPole", ablation)]
-    assert rows == [("1", "10", "9.0"), ("2", "30", "3.5")]
+    assert data["script"] == "ppo_discrete.py"
+    rows = [tuple(row.values()) for row in ablate.rows_of("CartPole", ablation)]
+    assert rows == [("1", "10", "a", "9.0"), ("2", "30", "b", "3.5")]
 
 
 def test_what_is_there_is_not_run_again(empty):
@@ -117,8 +125,9 @@ sys.exit({code})
     (ablate.ROOT / "ppo_discrete.py").write_text(fake)
     ablation = ablate.Ablation("C8", "eight", ("CartPole",), edits=(("VALUE", "8"),))
     ablate.run("CartPole", ablation, 4, "c" * 40)
-    rows = [tuple(row.values()) for row in ablate.returns("CartPole", ablation)]
-    assert rows == [("4", "5", "7.0"), ("4", "9", "8.0")]
+    rows = [tuple(row.values()) for row in ablate.rows_of("CartPole", ablation)]
+    name = "charts/episodic_return"
+    assert rows == [("4", "5", name, "7"), ("4", "9", name, "8")]
     (run,) = ablate.stored("CartPole", ablation)["runs"]
     assert (run["exit_code"], run["steps"], run["git_commit"]) == (code, 9, "c" * 40)
     assert run["command"].startswith("ppo_discrete.py --env-id CartPole-v1 --total-timesteps")

@@ -8,6 +8,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
+from ablation_envs import Recall
 from torch import nn
 
 import conftest
@@ -630,32 +631,6 @@ def test_observation_is_the_newest_frame_of_the_stack(game, lives):
     assert ends >= lives
     stacked.close()
     envs.close()
-
-
-class Recall(gym.Env):
-    """The first of five pictures has one bright half; the last action is paid 1 for naming it.
-
-    The observation is the last `frames` pictures. A stack of four has lost the first in the end.
-    """
-
-    action_space = gym.spaces.Discrete(2)
-
-    def __init__(self, frames):
-        self.observation_space = gym.spaces.Box(0, 255, (84, 84, frames), np.uint8)
-
-    def reset(self, *, seed=None, options=None):
-        super().reset(seed=seed)
-        self.answer, self.t = int(self.np_random.integers(2)), 0
-        self.stack = np.zeros(self.observation_space.shape, np.uint8)
-        self.stack[:, 42 * self.answer : 42 * self.answer + 42, -1] = 255
-        return self.stack.copy(), {}
-
-    def step(self, action):
-        self.stack = np.roll(self.stack, -1, axis=-1)
-        self.stack[..., -1] = 0
-        self.t += 1
-        done = self.t == 5
-        return self.stack.copy(), float(done and action == self.answer), done, False, {}
 
 
 @pytest.mark.slow
