@@ -131,6 +131,10 @@ def test_speeds_are_those_of_the_page():
         )
         assert {x[2] for x in of_page} <= ({"1"} if cores == "one core" else {"2", "default"})
         assert re.findall(r"\d[\d,]*\d", cells) == [speed for *_, speed in of_page]
+    page = (ROOT / "docs" / "rlhf.md").read_text().split("\n### Speed\n")[1]
+    pair = [re.search(rf"\n\| {x} \| 1 \| \d+ \| (\d+) ", page)[1] for x in ("ours", "TRL")]
+    (cells,) = re.findall(r"(?m)^\| episodes/s, .*?\|(.*)\|$", README)
+    assert re.findall(r" (\d\d+)", cells) == pair
 
 
 def test_fits_on_a_screen_and_a_half():

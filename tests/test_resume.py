@@ -481,6 +481,23 @@ def test_a_second_signal_does_not_wait():
     assert children(process) == []
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_to_all_is_for_the_process_that_learns(number):
+    """The environments' processes get it, too, go on, and end when they are told to."""
+    settings = {"env_id": "CartPole-v1", "num_envs": 2, "vectorization": "async"}
+    envs = ppo_discrete.make_envs(ppo_discrete.Args(**settings))
+    envs.reset(seed=[1, 2])
+    for process in envs.processes:
+        os.kill(process.pid, number)
+    time.sleep(0.3)
+    for _ in range(3):
+        _, rewards, *_ = envs.step(np.zeros((2, 1), int))
+        assert list(rewards) == [1, 1]
+    processes = envs.processes
+    envs.close()
+    assert [process.exitcode for process in processes] == [0, 0]
+
+
 def test_handlers_are_as_they_were():
     before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
     train("discrete")
