@@ -106,7 +106,8 @@ def outcome(process: subprocess.CompletedProcess | None) -> tuple[str, str]:
     """runs or fails, and what was said: notices, or the line that names the error."""
     if process is None:
         return "fails", f"no end within {TIMEOUT} seconds"
-    lines = [line.strip() for line in process.stderr.splitlines() if re.search(r"\w", line)]
+    stderr = re.sub(r" \(/\S+\)", "", process.stderr)  # where a package lies on this machine
+    lines = [line.strip() for line in stderr.splitlines() if re.search(r"\w", line)]
     if process.returncode == 0:
         return "runs", "; ".join(line for line in lines if line.startswith("notice:"))
     named = [line for line in lines if re.match(r"(error:|[\w.]*(Error|Exception|Exit)\b)", line)]

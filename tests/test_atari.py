@@ -21,7 +21,8 @@ import ppo_atari_lstm
 
 NOOP, FIRE, RIGHT = 0, 1, 2
 ENDS = {"terminated": (True, False), "truncated": (False, True)}
-GAMES = ["BeamRider", "Breakout", "MsPacman", "Pong", "Qbert", "Seaquest", "SpaceInvaders"]
+SLOW = [pytest.param(x, marks=pytest.mark.slow) for x in ("BeamRider", "MsPacman", "Qbert")]
+GAMES = ["Breakout", "Pong", "Seaquest", "SpaceInvaders", *SLOW]
 
 Frame = collections.namedtuple("Frame", "shade reward lives end", defaults=(0, 0.0, None, None))
 

@@ -151,13 +151,8 @@ def logged(folder, *flags, stderr="", **env):
 
 
 @pytest.mark.xdist_group("eager_rows")
-@pytest.mark.parametrize(
-    "compiler",
-    [
-        pytest.param(None, id="none"),
-        pytest.param(BROKEN_COMPILER, id="broken", marks=pytest.mark.slow),
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("compiler", [None, BROKEN_COMPILER], ids=["none", "broken"])
 def test_without_a_compiler_a_run_is_slower_and_says_so(compiler, eager_rows, tmp_path):
     """One line on stderr, and the metrics of --no-compile."""
     folder = tmp_path / "bin"  # all there is on the path

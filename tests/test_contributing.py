@@ -127,6 +127,8 @@ def test_of_a_process_the_error_is_said(tmp_path):
         "fails",
         "ModuleNotFoundError: No module named 'nothing_of_this_name'",
     )
+    said = "ImportError: cannot import name 'nothing' from 'json'"
+    assert end("from json import nothing") == ("fails", said)  # without the path
     assert end("raise SystemExit('error: no')") == ("fails", "error: no")
     assert end("import os; os._exit(3)") == ("fails", "exit code 3")
 

@@ -24,7 +24,18 @@ TRAINING = [line for line in COMMANDS if "ppo_" in line]
 SHORT = "--sft-texts 256 --rm-pairs 64 --rm-test-pairs 64 --eval-episodes 16 --total-episodes 256"
 
 
-@pytest.mark.parametrize("command", TRAINING)
+QUICK = ("ppo_atari.py", "torchrun", "CartPole")  # the first ones, and processes
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        command
+        if any(x in command for x in QUICK)
+        else pytest.param(command, marks=pytest.mark.slow)
+        for command in TRAINING
+    ],
+)
 def test_training_command(command):
     """Word for word, for a few steps, in a folder that holds nothing but the scripts."""
     for path in ROOT.glob("ppo_*.py"):

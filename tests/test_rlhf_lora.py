@@ -840,7 +840,7 @@ FRUGAL = (*LORA_BF16, "--gradient-checkpointing", "--logprob-chunk=32")
     "kind, more",
     [
         pytest.param("gpt2", (), id="gpt2"),
-        pytest.param("llama", FRUGAL, id="frugal"),
+        pytest.param("llama", FRUGAL, id="frugal", marks=pytest.mark.slow),
         pytest.param("llama", LORA_BF16, id="bf16", marks=pytest.mark.slow),
     ],
 )

@@ -318,6 +318,7 @@ def test_learning_rate_0_leaves_ratio_1_and_kl_0(kind, files):
     assert not same(run.agent.value_model.model.state_dict(), before.base_model.state_dict())
 
 
+@pytest.mark.slow
 def test_subprocess_is_the_same_run(finished, files):
     """Nothing but warnings of the script on the standard error, and the same numbers."""
     done = command_line("rlhf", *flags(files, "gpt2", "sft", "pref", "prompts"))

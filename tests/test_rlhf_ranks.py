@@ -317,7 +317,8 @@ def of_first_rank_only(run):
 
 
 @pytest.mark.parametrize(
-    "ranks, how", [(2, []), (2, ["--fsdp"]), pytest.param(3, [], marks=pytest.mark.slow)]
+    "ranks, how",
+    [(2, []), *(pytest.param(*x, marks=pytest.mark.slow) for x in ((2, ["--fsdp"]), (3, [])))],
 )
 def test_x2_ranks_are_as_one_process(runs, ranks, how):
     """All stages of the reviews: each metric, the weights, the texts; one folder."""
@@ -399,7 +400,7 @@ FRUGAL = ["--gradient-checkpointing", "--logprob-chunk", "5"]  # change nothing 
 LORA = ["--lora-rank", "4"]
 MODELS = [
     ("llama", [], []),
-    ("llama", [], ["--fsdp"]),
+    pytest.param("llama", [], ["--fsdp"], marks=pytest.mark.slow),
     ("gpt2", LORA, ["--fsdp", *FRUGAL]),
     *[
         pytest.param(kind, more, how, marks=pytest.mark.slow)

@@ -1693,6 +1693,7 @@ def check_samples(data, metrics):
     assert means == pytest.approx([float(metrics[name]) for name in names], abs=1e-6)
 
 
+@pytest.mark.slow
 def test_wandb_shows_a_run_that_failed_as_failed(offline, functions, monkeypatch):
     monkeypatch.setenv("AT", "1")
     monkeypatch.setenv("HOW", "raise")

@@ -73,6 +73,7 @@ def test_table_of_the_evaluation():
     assert f"{abs(trained.mean() - judged.mean()) / error:.1f} of its standard errors" in PAGE
 
 
+@pytest.mark.slow
 def test_programs():
     flags = f"--total-timesteps 256 --num-envs 2 {FIRST}"
     for code, task in zip(PROGRAMS, ("discrete", "continuous --env-id Pendulum-v1"), strict=True):

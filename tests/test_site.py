@@ -25,7 +25,7 @@ LINES = {path.name: path.read_text().count("\n") for path in ROOT.glob("ppo_*.py
 QUESTIONS = {
     "What is the clip for?": ("ppo.md#what-the-clip-is-for", "go too far"),
     "Where is the value loss?": ("annotated/ppo_discrete.md#C9", "value_losses"),
-    "Which detail matters?": ("ablation.md#which-detail-matters", "taken away, one at a time"),
+    "Which detail matters?": ("ablation.md", "taken away, one at a time"),
     "Which number do I change first?": ("ppo.md#what-to-tune-and-how-far", "sweep.yaml"),
     "Why is my KL negative?": ("ppo.md#why-is-my-kl-negative", "estimate"),
     "What differs for continuous actions?": ("diffs/discrete_continuous.md", "Normal"),

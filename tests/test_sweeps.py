@@ -61,6 +61,7 @@ def test_every_flag_as_an_agent_writes_it(script):
         assert (parsed, type(parsed)) == (value, type(value)), name
 
 
+@pytest.mark.slow
 def test_the_sweep_of_the_page_runs(tmp_path):
     """A run with values of each kind, its objective in every row of an iteration."""
     sweep = yaml.safe_load(SWEEP.read_text())
