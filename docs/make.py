@@ -10,6 +10,7 @@ and the first iterations in vectors/, by tests/test_reference.py.
 """
 
 import importlib
+import re
 import runpy
 import sys
 from pathlib import Path
@@ -29,6 +30,16 @@ def stale(name: str) -> list[Path]:
         return []
     made = importlib.import_module(name).pages()
     return [path for path, text in made.items() if not path.exists() or path.read_text() != text]
+
+
+def with_parts(page: Path, program: str, parts: dict) -> str:
+    """The page, what stands between the marks of each part made anew by its function."""
+    text = page.read_text()
+    for name, part in parts.items():
+        marks = (f"<!-- {name}, by {program}.py -->\n", f"<!-- end of {name} -->")
+        before, _, after = re.split("|".join(map(re.escape, marks)), text)
+        text = f"{before}{marks[0]}\n{part()}\n{marks[1]}{after}"
+    return text
 
 
 def main(arguments: list[str]):

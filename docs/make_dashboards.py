@@ -5,12 +5,12 @@ python docs/make_dashboards.py
 
 import csv
 import json
-import re
 import textwrap
 from pathlib import Path
 
 import numpy as np
 
+from make import with_parts
 from make_results import is_stopped, load
 
 DOCS = Path(__file__).resolve().parent
@@ -78,13 +78,7 @@ PARTS = {"health": health, "read": read}
 
 
 def pages() -> dict[Path, str]:
-    """The page, its made parts anew."""
-    text = PAGE.read_text()
-    for name, part in PARTS.items():
-        marks = (f"<!-- {name}, by make_dashboards.py -->\n", f"<!-- end of {name} -->")
-        before, _, after = re.split("|".join(map(re.escape, marks)), text)
-        text = f"{before}{marks[0]}\n{part()}\n{marks[1]}{after}"
-    return {PAGE: text}
+    return {PAGE: with_parts(PAGE, "make_dashboards", PARTS)}
 
 
 if __name__ == "__main__":

@@ -11,12 +11,13 @@ import csv
 import dataclasses
 import importlib
 import inspect
-import re
 import sys
 import textwrap
 from pathlib import Path
 
 import numpy as np
+
+from make import with_parts
 
 DOCS = Path(__file__).resolve().parent
 ROOT = DOCS.parent
@@ -353,13 +354,7 @@ PARTS = {
 
 
 def pages() -> dict[Path, str]:
-    """The page, its made parts anew."""
-    text = PAGE.read_text()
-    for name, part in PARTS.items():
-        marks = (f"<!-- {name}, by make_migrating.py -->\n", f"<!-- end of {name} -->")
-        before, _, after = re.split("|".join(map(re.escape, marks)), text)
-        text = f"{before}{marks[0]}\n{part()}\n{marks[1]}{after}"
-    return {PAGE: text}
+    return {PAGE: with_parts(PAGE, "make_migrating", PARTS)}
 
 
 if __name__ == "__main__":
