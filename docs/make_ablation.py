@@ -40,6 +40,7 @@ Most of the tasks are easy; a detail that shows nothing here may be needed elsew
 {tasks}
 
 - **end**: {ends}.
+  A run that ended early has what it had last.
 - **area**: the mean over the whole training, which is the area under the curve by its length. Of
   ppo_rlhf.py the true reward of each rollout.
 - **difference**: to the unchanged script, with the 95 % interval of Welch's t test over seeds. No
@@ -70,6 +71,7 @@ class Compared(NamedTuple):
     area: tuple
     gain: float  # of the unchanged script
     same: bool  # as the unchanged script, number for number
+    stopped: int  # runs that ended early, with an error
 
 
 def scores(task: str, rows: list[dict]) -> dict[int, Score]:
@@ -82,7 +84,8 @@ def scores(task: str, rows: list[dict]) -> dict[int, Score]:
         if HELD_OUT not in settings.names:
             tail = [row for row in own if int(row["global_step"]) > 0.9 * settings.steps]
             end = [float(row["value"]) for row in tail]
-        found[seed] = Score(float(np.mean(end or np.nan)), float(curve.mean()), float(curve[0]))
+        end = np.mean(end or curve[-5:])  # of a run that ended early, what it had last
+        found[seed] = Score(float(end), float(curve.mean()), float(curve[0]))
     return found
 
 
@@ -128,7 +131,8 @@ def compare(task: str, ablation) -> Compared | None:
     )
     same = rows == [row for row in unchanged if int(row["seed"]) in theirs]
     gain = end[1] - float(np.mean([score.first for score in ours.values()]))
-    return Compared(task, len(theirs), ablate.TASKS[task].seeds, end, area, gain, same)
+    stopped = sum(run["exit_code"] != 0 for run in ablate.stored(task, ablation)["runs"])
+    return Compared(task, len(theirs), ablate.TASKS[task].seeds, end, area, gain, same, stopped)
 
 
 def everything() -> list[tuple]:
@@ -157,6 +161,10 @@ def part(x: Compared) -> tuple:
     return middle, middle - half, middle + half
 
 
+def whole(percent: float) -> str:
+    return "0" if round(percent) == 0 else f"{percent:+.0f}"
+
+
 def effect(x: Compared) -> str:
     """less, more, nothing, same, or unknown where there are not two seeds."""
     if x.same:
@@ -179,6 +187,8 @@ def sentence(found: list[Compared]) -> str:
         said.append(f"Nothing is seen on {places(kinds['nothing'])}.")
     if same := [x.task for x in found if effect(x) == "same"]:
         said.append(f"On {listed(same)} every return is the same, bit for bit.")
+    if stopped := [f"{x.stopped} of {x.seeds} on {x.task}" for x in found if x.stopped]:
+        said.append(f"Runs that ended early, with an error: {listed(stopped)}.")
     if alone := [x.task for x in found if effect(x) == "unknown"]:
         said.append(f"One seed, so no interval yet, on {listed(alone)}.")
     return " ".join(said)
@@ -187,8 +197,8 @@ def sentence(found: list[Compared]) -> str:
 def places(found: list[Compared]) -> str:
     texts = []
     for x in found:
-        middle, low, high = part(x)
-        texts.append(f"{x.task} ({middle:+.0f} % of what is learned, {low:+.0f} to {high:+.0f})")
+        middle, low, high = map(whole, part(x))
+        texts.append(f"{x.task} ({middle} % of what is learned, {low} to {high})")
     return listed(texts)
 
 
@@ -278,6 +288,22 @@ def tasks_table() -> list[str]:
     return lines
 
 
+def summary(all_of_it: list[tuple]) -> list[str]:
+    """A row for each of which there is an interval, most harm first."""
+    lines = ["| detail | what stands in its place | difference at the end, % of what is learned |"]
+    lines += ["|---" * 3 + "|"]
+    for ablation, found in sorted(all_of_it, key=order):
+        cells = []
+        for x in [x for x in found if x and x.end[3] is not None]:
+            middle, low, high = map(whole, part(x))
+            mark = "**" if effect(x) in ("less", "more") else ""
+            words = f"{mark}{middle}{mark} ({low} to {high})"
+            cells.append(f"{x.task} {'the same, bit for bit' if x.same else words}")
+        link = f"[{ablation.detail}](#{anchor(ablation)})"
+        lines += [f"| {link} | {ablation.instead} | {'; '.join(cells)} |"] if cells else []
+    return [*lines, "", "Bold: the interval leaves out zero.", ""]
+
+
 def order(pair) -> float:
     """Most harm first; what is not known comes last."""
     known = [part(x)[0] for x in pair[1] if x]
@@ -308,12 +334,13 @@ def page(all_of_it: list[tuple]) -> str:
         if ablation.detail in OURS:
             words = sentence([x for x in found if x]) or f"Not run yet: {way_on(ablation)}."
             lines.append(f"- [{ablation.detail}: {ablation.instead}](#{anchor(ablation)}). {words}")
-    lines += ["", "## All of them", ""]
+    lines += ["", "## All of them, most harm first", ""]
     if known:
-        lines += ["![the difference of each, sorted](results/ablation/effects.png)", ""]
+        lines += [*summary(all_of_it), "![the same](results/ablation/effects.png)", ""]
         lines += ["![curves](results/ablation/curves.png)", ""]
         lines += ["Black: the unchanged script. Coloured: where the interval at the end leaves out"]
         lines += ["zero, the strongest five. Grey: all others.", ""]
+    lines += ["## One by one", ""]
     for pair in sorted(all_of_it, key=lambda pair: by_tag(pair[0].detail)):
         lines += part_of(*pair)
     return "\n".join(lines)

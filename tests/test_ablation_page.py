@@ -49,6 +49,8 @@ def test_windows_and_scores(toy):
     assert list(curve[43:]) == [2, 99, 10, 10, 10, 10, 20]
     (score,) = make_ablation.scores("Toy", found).values()
     assert score == (15, curve.mean(), 6)
+    early = make_ablation.scores("Toy", rows(3, [(2, 7.0), (7, 2.0)]))[3]
+    assert early == (2, pytest.approx((3 * 7 + 47 * 2) / 50), 7)
 
 
 def test_held_out_reward_is_the_end_of_language_models(monkeypatch):
@@ -60,9 +62,9 @@ def test_held_out_reward_is_the_end_of_language_models(monkeypatch):
     assert make_ablation.scores("Toy", found)[1].area == pytest.approx((49 * 1 + 3) / 50)
 
 
-def compared(difference, half, same=False, gain=100.0):
+def compared(difference, half, same=False, gain=100.0, stopped=0):
     end = (50.0 + difference, 50.0, difference, half)
-    return Compared("Toy", 3, 3, end, end, gain, same)
+    return Compared("Toy", 3, 3, end, end, gain, same, stopped)
 
 
 @pytest.mark.parametrize(
@@ -85,6 +87,8 @@ def test_words_are_no_stronger_than_the_interval(x, expected, words):
 def test_all_that_was_seen_is_said():
     text = sentence([compared(-20, 10), compared(20, 10), compared(5, 10), compared(1, None)])
     assert [text.count(x) for x in ("lower on", "**", "Nothing", "One seed")] == [1, 2, 1, 1]
+    text = sentence([compared(-20, 10, stopped=2)])
+    assert text.endswith("Runs that ended early, with an error: 2 of 3 on Toy.")
     assert part(compared(-20, 10, gain=50)) == (-40, -60, -20)
 
 
@@ -92,9 +96,11 @@ def test_same_returns_are_compared_seed_by_seed(toy, monkeypatch):
     plain = rows(1, [(50, 1.0), (100, 2.0)]) + rows(2, [(50, 1.0), (100, 3.0)])
     known = {ablate.UNCHANGED: plain, "C12": plain[:2], "C3": plain[:1] + rows(1, [(100, 2.1)])}
     monkeypatch.setattr(ablate, "rows_of", lambda task, ablation: known[ablation.detail])
+    runs = {"runs": [{"exit_code": 0}, {"exit_code": 2}]}
+    monkeypatch.setattr(ablate, "stored", lambda task, ablation: runs)
     for detail, same in (("C12", True), ("C3", False)):
         found = make_ablation.compare("Toy", ablate.Ablation(detail, "", ("Toy",)))
-        assert (found.same, found.seeds, found.of) == (same, 1, 2)
+        assert (found.same, found.seeds, found.of, found.stopped) == (same, 1, 2, 1)
         assert found.end[1] == 2.5
         assert found.gain == 1.5
 
