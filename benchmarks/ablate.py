@@ -59,19 +59,23 @@ class Task:
     flags: str
     steps: int  # of the environments, or episodes of ppo_rlhf.py
     seeds: int  # of each ablation; of the unchanged script twice as many
+    about: str = ""  # what there is to learn, where the flags do not say it
     names: tuple[str, ...] = EPISODES  # the metrics that are kept
     edits: tuple = ()  # what the task itself asks for, before any ablation
 
 
+NAMES = "the names of 16 things, two syllables out of 12 each; few of them are valid at a time"
+RECALL = "the first of five pictures, by a script without its Atari wrappers"
 MEMORY = "--num-envs 8 --num-steps 8 --num-minibatches 2 --learning-rate 1e-3 --vectorization sync"
 TASKS = {
     "CartPole": Task("ppo_discrete.py", "--env-id CartPole-v1", 200_000, 5),
     "Acrobot": Task("ppo_discrete.py", "--env-id Acrobot-v1", 200_000, 5),
-    "Names": Task("ppo_discrete.py", f"--env-id {HERE}:Names-v0", 50_000, 5),
+    "Names": Task("ppo_discrete.py", f"--env-id {HERE}:Names-v0", 50_000, 5, NAMES),
     "Recall": Task(
-        *("ppo_atari_lstm.py", f"--env-id {HERE}:Recall-v0 {MEMORY}", 3200, 5), edits=NO_GAME
+        *("ppo_atari_lstm.py", f"--env-id {HERE}:Recall-v0 {MEMORY}", 3200, 5, RECALL),
+        edits=NO_GAME,
     ),
-    "Reviews": Task("ppo_rlhf.py", "", 8320, 5, SCORES),
+    "Reviews": Task("ppo_rlhf.py", "", 8320, 5, "the default task of docs/rlhf.md", SCORES),
     "HalfCheetah": Task("ppo_continuous.py", "--env-id HalfCheetah-v5", 300_000, 3),
     "Hopper": Task("ppo_continuous.py", "--env-id Hopper-v5", 300_000, 3),
     "Breakout": Task("ppo_atari.py", "--env-id BreakoutNoFrameskip-v4", 500_000, 4),
@@ -85,6 +89,8 @@ class Ablation:
     tasks: tuple[str, ...]
     flags: str = ""
     edits: tuple = ()  # (present lines, what takes their place)
+    note: str = ""  # what else changes with it
+    own: bool = False  # whether these scripts decided it in their own way
 
     @property
     def name(self) -> str:
@@ -101,11 +107,11 @@ class Args:
     list: bool = False  # say what there is, and run nothing
 
 
-def table() -> list[Ablation]:
+def ablations() -> list[Ablation]:
     """What ablations.toml holds, behind the unchanged script."""
     entries = tomllib.loads(TABLE.read_text())["ablation"]
-    ablations = [Ablation(**entry | {"tasks": tuple(entry["tasks"])}) for entry in entries]
-    return [Ablation(UNCHANGED, "", tuple(TASKS)), *ablations]
+    found = [Ablation(**entry | {"tasks": tuple(entry["tasks"])}) for entry in entries]
+    return [Ablation(UNCHANGED, "", tuple(TASKS)), *found]
 
 
 def changed(text: str, edits: tuple) -> str:
@@ -113,7 +119,7 @@ def changed(text: str, edits: tuple) -> str:
     for old, new in edits:
         if (count := text.count(old)) != 1:
             raise ValueError(f"{count} times in the script: {old.strip()}")
-        text = text.replace(old, new.lstrip("\n"))
+        text = text.replace(old, new)
     return text
 
 
@@ -145,23 +151,29 @@ def rows_of(task: str, ablation: Ablation) -> list[dict]:
         return list(csv.DictReader(file))
 
 
-def jobs(ablations: list[Ablation], only: tuple[str, ...]) -> list[tuple[str, Ablation, int]]:
-    """What is missing: task, ablation, seed. Seed by seed, in each the tasks in their order."""
-    found = []
-    tasks = [name for name in TASKS if name in only or not set(only) & TASKS.keys()]
+def jobs(found: list[Ablation], only: tuple[str, ...]) -> list[tuple[str, Ablation, int]]:
+    """What is missing: task, ablation, seed. Seed by seed, in each the tasks in their order.
+
+    With a detail comes the unchanged script on its tasks.
+    """
+    missing = []
     details = set(only) - TASKS.keys()
+    chosen = [x for x in found if not details or x.detail in details]
+    tasks = [x for x in TASKS if x in only or not set(only) & TASKS.keys()]
+    tasks = [x for x in tasks if any(x in ablation.tasks for ablation in chosen)]
     for task in tasks:
-        for ablation in ablations:
-            if task not in ablation.tasks or (details and ablation.detail not in details):
+        for ablation in found:
+            wanted = ablation in chosen or ablation.detail == UNCHANGED
+            if task not in ablation.tasks or not wanted:
                 continue
             unchanged = ablation.detail == UNCHANGED
             there = {run["seed"] for run in stored(task, ablation)["runs"]}
             seeds = range(1, TASKS[task].seeds * (1 + unchanged) + 1)
             # the unchanged script's seeds 1 and 2 go with the others' first
             when = {seed: (seed + 1) // 2 if unchanged else seed for seed in seeds}
-            found += [(when[seed], task, ablation, seed) for seed in seeds if seed not in there]
-    found.sort(key=lambda job: (job[0], list(TASKS).index(job[1])))
-    return [job[1:] for job in found]
+            missing += [(when[seed], task, ablation, seed) for seed in seeds if seed not in there]
+    missing.sort(key=lambda job: (job[0], list(TASKS).index(job[1])))
+    return [job[1:] for job in missing]
 
 
 def command(task: Task, ablation: Ablation, seed: int) -> list[str]:
@@ -170,10 +182,14 @@ def command(task: Task, ablation: Ablation, seed: int) -> list[str]:
     return [task.script, *flags, "--no-cuda", "--torch-threads", "1", *shlex.split(ablation.flags)]
 
 
-def run(name: str, ablation: Ablation, seed: int, commit: str):
-    """Train and keep the result."""
+def script_of(task: Task) -> str:
+    """The text of its script, as the task asks for it."""
+    return changed((ROOT / task.script).read_text(), task.edits)
+
+
+def run(name: str, ablation: Ablation, seed: int, commit: str, script: str) -> str:
+    """Train with the script, without the detail, and keep the result; or why there is none."""
     task = TASKS[name]
-    script = changed((ROOT / task.script).read_text(), task.edits)
     text, words = changed(script, ablation.edits), command(task, ablation, seed)
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / task.script).write_text(text)
@@ -182,10 +198,12 @@ def run(name: str, ablation: Ablation, seed: int, commit: str):
         process = subprocess.run(
             [sys.executable, *words], check=False, cwd=folder, env=env, **pipes
         )
-        if process.returncode:
-            # what a run did that ended early is a result, too: such a detail is needed
-            print(f"{name} {ablation.detail} {seed}:", process.stdout.strip().splitlines()[-1:])
-        (made,) = Path(folder).glob("runs/*")
+        said = (process.stdout.strip().splitlines() or [""])[-1] if process.returncode else ""
+        made = next(Path(folder).glob("runs/*"), None)
+        # a run that the script itself has ended, with code 2, since its numbers were no longer
+        # finite, is a result, too: such a detail is needed; a signal or a traceback is none
+        if process.returncode not in (0, 2) or made is None:
+            return f"exit code {process.returncode}, not kept: {said}"
         config = json.loads((made / "config.json").read_text())
         metrics = read_metrics(made / "metrics.csv")
     with open("/proc/cpuinfo") as file:
@@ -198,10 +216,13 @@ def run(name: str, ablation: Ablation, seed: int, commit: str):
         "machine": f"{config['cpus']} cores, {cpu}",
         "versions": config["versions"],
         "steps": max((step for step, *_ in metrics), default=0),
+        "precision": config.get("precision"),
         "exit_code": process.returncode,
+        "said": said,
     }
     rows = [(step, key, f"{x:.6g}") for step, _, key, x in metrics if key in task.names]
     keep(name, ablation, entry, rows, diff(script, ablation.edits))
+    return said
 
 
 def keep(task: str, ablation: Ablation, entry: dict, rows: list[tuple], difference: str):
@@ -210,9 +231,9 @@ def keep(task: str, ablation: Ablation, entry: dict, rows: list[tuple], differen
     seed = entry["seed"]
     with LOCK:
         data = stored(task, ablation)
-        of_task = dataclasses.asdict(TASKS[task]) | {"task": task}
-        what = {"detail": ablation.detail, "instead": ablation.instead}
-        what |= {"flags": ablation.flags, "diff": difference}
+        of_task = {"task": task, "task_flags": TASKS[task].flags, "steps": TASKS[task].steps}
+        what = {"script": TASKS[task].script, "detail": ablation.detail}
+        what |= {"instead": ablation.instead, "flags": ablation.flags, "diff": difference}
         runs = [x for x in data["runs"] if x["seed"] != seed] + [entry]
         data = of_task | what | {"runs": sorted(runs, key=lambda x: x["seed"])}
         names = ("seed", "global_step", "name", "value")
@@ -234,9 +255,9 @@ def write(path: Path, data: bytes):
     os.replace(temporary, path)
 
 
-def show(ablations: list[Ablation]):
+def show(found: list[Ablation]):
     """How many runs of each task and ablation are there."""
-    for ablation in ablations:
+    for ablation in found:
         for task in ablation.tasks:
             wanted = TASKS[task].seeds * (1 + (ablation.detail == UNCHANGED))
             there = len(stored(task, ablation)["runs"])
@@ -244,27 +265,29 @@ def show(ablations: list[Ablation]):
 
 
 def main(args: Args) -> int:
-    ablations = table()
-    if unknown := set(args.only) - TASKS.keys() - {x.detail for x in ablations}:
+    found = ablations()
+    if unknown := set(args.only) - TASKS.keys() - {x.detail for x in found}:
         print(f"error: --only {min(unknown)}: neither a task nor a detail", file=sys.stderr)
         return 2
     if args.list:
-        show(ablations)
+        show(found)
         return 0
-    commit = commit_of(ROOT)
-    if "dirty" in commit:
+    git = ["git", "-C", str(ROOT), "status", "--porcelain", "--", "*.py", "*.toml"]
+    if subprocess.run(git, check=True, capture_output=True).stdout:
         print("error: commit first, so that every run names what it ran", file=sys.stderr)
         return 2
+    commit = commit_of(ROOT).removesuffix("-dirty")  # by results of earlier runs
+    scripts = {name: script_of(task) for name, task in TASKS.items()}
     end = time.monotonic() + 3600 * args.hours
-    missing = jobs(ablations, args.only)
+    missing = jobs(found, args.only)
 
     def one(job):
         task, ablation, seed = job
         if time.monotonic() < end:
             start = time.monotonic()
-            run(task, ablation, seed, commit)
-            seconds = f"{time.monotonic() - start:.0f} s"
-            print(task, ablation.detail, ablation.instead, f"seed {seed}: {seconds}", flush=True)
+            said = run(task, ablation, seed, commit, scripts[task])
+            words = f"seed {seed}: {time.monotonic() - start:.0f} s {said}".rstrip()
+            print(task, ablation.detail, ablation.instead, words, flush=True)
 
     with concurrent.futures.ThreadPoolExecutor(args.jobs) as pool:
         list(pool.map(one, missing))

@@ -18,36 +18,41 @@ import matplotlib.pyplot as plt
 
 sys.path.append(str(Path(__file__).resolve().parent.parent / "benchmarks"))
 import ablate
-from regress import T
+from regress import T  # quantiles of Student's t
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "ablation.md"
 DETAILS = tomllib.loads((ROOT / "docs" / "details.toml").read_text())
 PICTURES = ROOT / "docs" / "results" / "ablation"
+PLAIN = ablate.ablations()[0]
 WINDOWS = 50  # of a curve
-OURS = ("time limits", "C7", "H44")  # what these scripts decided in their own way
 HELD_OUT = "eval/ppo/gold/score"  # of ppo_rlhf.py after training, by the true reward
+LIMITS = (-160, 100)  # of the picture, percent
 
 INTRODUCTION = """# Which detail matters?
 
 <!-- made by docs/make_ablation.py, do not edit -->
 
 Each detail is taken away, one at a time, from the script that people read: by a flag where there is
-one, else by replacing its lines, which are shown. Everything else stays as it is, so a number here
-says what a detail is worth beside all the others, on these tasks, at these lengths, and no more.
-Most of the tasks are easy; a detail that shows nothing here may be needed elsewhere.
+one, else by replacing its lines, which are shown; what is off by default is switched on. Everything
+else stays as it is, so a number here says what a change does beside all the other details, on these
+tasks, at these lengths, and no more. Most of the tasks are easy; a detail that shows nothing here
+may be needed elsewhere.
 
 {tasks}
 
 - **end**: {ends}.
-  A run that ended early has what it had last.
 - **area**: the mean over the whole training, which is the area under the curve by its length. Of
   ppo_rlhf.py the true reward of each rollout.
-- **difference**: to the unchanged script, with the 95 % interval of Welch's t test over seeds. No
-  correction for their number: of {n} intervals at the end, {chance:.0f} would leave out zero by
-  chance; {found} do.
+- **difference**: to the unchanged script, with the 95 % interval of Welch's t test over seeds. Both
+  have seeds 1, 2, 3, ..., so where a seed helps both alike the interval is rather too wide. With
+  the three seeds of MuJoCo only large effects show.
 - **of what is learned**: the difference at the end as a part of what the unchanged script gains
-  from its first fiftieth of the training to its end.
+  from its first fiftieth of the training to its end, a mean over seeds that is taken as exact.
+
+Nothing is corrected for the number of comparisons: of the {n} intervals of the table below,
+{chance} would leave out zero if no detail mattered; {found} do. All of a task share the unchanged
+runs.
 
 `python benchmarks/ablate.py` runs what is missing, [ablations.toml](../benchmarks/ablations.toml)
 has all that it does, [results/ablation](results/ablation) what came out, with command, commit and
@@ -56,9 +61,20 @@ machine of every run. {progress}
 
 
 class Score(NamedTuple):
+    """Of a run."""
+
     end: float
     area: float
-    first: float  # in the first window
+    first: float  # mean of the first window
+
+
+class Difference(NamedTuple):
+    """Means over seeds, and half of the 95 % interval; None of one seed or without any spread."""
+
+    changed: float
+    unchanged: float
+    difference: float
+    half: float | None
 
 
 class Compared(NamedTuple):
@@ -66,37 +82,33 @@ class Compared(NamedTuple):
 
     task: str
     seeds: int
-    of: int
-    end: tuple  # mean of both, difference and half of its interval, None of one seed
-    area: tuple
-    gain: float  # of the unchanged script
-    same: bool  # as the unchanged script, number for number
+    wanted: int
+    end: Difference
+    area: Difference
+    gain: float  # at the end of the unchanged script, from its first window
+    same: bool  # as the unchanged script with the same seeds, in all stored digits
     stopped: int  # runs that ended early, with an error
+    without: int  # runs that ended before any episode, which have no score
 
 
-def scores(task: str, rows: list[dict]) -> dict[int, Score]:
-    """Of each seed."""
-    settings, found = ablate.TASKS[task], {}
-    for seed in sorted({int(row["seed"]) for row in rows}):
-        own = [row for row in rows if int(row["seed"]) == seed]
-        curve = windows(task, own)
-        end = [float(row["value"]) for row in own if row["name"] == HELD_OUT]
-        if HELD_OUT not in settings.names:
-            tail = [row for row in own if int(row["global_step"]) > 0.9 * settings.steps]
-            end = [float(row["value"]) for row in tail]
-        end = np.mean(end or curve[-5:])  # of a run that ended early, what it had last
-        found[seed] = Score(float(end), float(curve.mean()), float(curve[0]))
+def by_seed(rows: list[dict]) -> dict[int, list[dict]]:
+    found = {}
+    for row in rows:
+        found.setdefault(int(row["seed"]), []).append(row)
     return found
 
 
 def windows(task: str, rows: list[dict]) -> np.ndarray:
-    """Mean in each fiftieth of the training; where no episode ended, as in the one before."""
+    """Mean of a run in each fiftieth of the training; where no episode ended, as in the one before,
+    at the start as in the first one that has any. [50], empty if none has."""
     settings = ablate.TASKS[task]
     rows = [row for row in rows if row["name"] == settings.names[0]]
+    if not rows:
+        return np.zeros(0)
     steps = np.array([int(row["global_step"]) for row in rows])
     values = np.array([float(row["value"]) for row in rows])
     where = np.ceil(steps * WINDOWS / settings.steps).astype(int) - 1
-    means, last = [], values[0] if len(values) else np.nan
+    means, last = [], values[where == where[0]].mean()
     for window in range(WINDOWS):
         if (chosen := values[where == window]).size:
             last = chosen.mean()
@@ -104,40 +116,52 @@ def windows(task: str, rows: list[dict]) -> np.ndarray:
     return np.array(means)
 
 
-def welch(ours, theirs) -> tuple:
-    """Means, their difference, and half of its 95 % interval, None where one has a single value."""
-    means = float(np.mean(theirs)), float(np.mean(ours))
-    if min(len(ours), len(theirs)) < 2:
-        return *means, means[0] - means[1], None
-    parts = [np.var(x, ddof=1) / len(x) for x in (ours, theirs)]
+def score(task: str, rows: list[dict]) -> Score | None:
+    """Of a run; None if it ended before any episode. One that ended early has what it had last."""
+    settings, curve = ablate.TASKS[task], windows(task, rows)
+    if not curve.size:
+        return None
+    end = [float(row["value"]) for row in rows if row["name"] == HELD_OUT]
+    if HELD_OUT not in settings.names:
+        tail = [row for row in rows if int(row["global_step"]) > 0.9 * settings.steps]
+        end = [float(row["value"]) for row in tail]
+    return Score(float(np.mean(end or curve[-5:])), float(curve.mean()), float(curve[0]))
+
+
+def welch(unchanged: list[float], changed: list[float]) -> Difference:
+    means = float(np.mean(changed)), float(np.mean(unchanged))
+    means = (*means, means[0] - means[1])
+    if min(len(unchanged), len(changed)) < 2:
+        return Difference(*means, None)
+    pair = (unchanged, changed)
+    parts = [np.var(x, ddof=1) / len(x) for x in pair]
     if not (variance := sum(parts)):
-        return *means, means[0] - means[1], 0.0
-    freedom = variance**2 / sum(
-        v**2 / (len(x) - 1) for v, x in zip(parts, (ours, theirs), strict=True)
-    )
+        return Difference(*means, None if means[2] else 0.0)
+    freedom = variance**2 / sum(v**2 / (len(x) - 1) for v, x in zip(parts, pair, strict=True))
     quantile = T[min(math.floor(freedom + 1e-9), len(T)) - 1]
-    return *means, means[0] - means[1], quantile * variance**0.5
+    return Difference(*means, quantile * variance**0.5)
 
 
 def compare(task: str, ablation) -> Compared | None:
     """What is known; None if nothing is."""
-    unchanged = ablate.rows_of(task, ablate.Ablation(ablate.UNCHANGED, "", ()))
-    rows = ablate.rows_of(task, ablation)
-    if not rows or not unchanged:
+    runs = ablate.stored(task, ablation)["runs"]
+    plain, rows = (by_seed(ablate.rows_of(task, x)) for x in (PLAIN, ablation))
+    ours, theirs = ([score(task, x) for x in found.values()] for found in (plain, rows))
+    ours, theirs = ([x for x in found if x] for found in (ours, theirs))
+    if not ours or not theirs:
         return None
-    ours, theirs = scores(task, unchanged), scores(task, rows)
-    end, area = (
-        welch(*([score[i] for score in x.values()] for x in (ours, theirs))) for i in (0, 1)
-    )
-    same = rows == [row for row in unchanged if int(row["seed"]) in theirs]
-    gain = end[1] - float(np.mean([score.first for score in ours.values()]))
-    stopped = sum(run["exit_code"] != 0 for run in ablate.stored(task, ablation)["runs"])
-    return Compared(task, len(theirs), ablate.TASKS[task].seeds, end, area, gain, same, stopped)
+    end, area = (welch([x[i] for x in ours], [x[i] for x in theirs]) for i in (0, 1))
+    gain = end.unchanged - float(np.mean([x.first for x in ours]))
+    if same := all(found == plain.get(seed) for seed, found in rows.items()):
+        end, area = (Difference(x.changed, x.changed, 0.0, 0.0) for x in (end, area))
+    stopped = sum(run["exit_code"] != 0 for run in runs)
+    counts = len(runs), ablate.TASKS[task].seeds
+    return Compared(task, *counts, end, area, gain, same, stopped, len(runs) - len(theirs))
 
 
 def everything() -> list[tuple]:
     """(ablation, [Compared of each of its tasks, or None])"""
-    return [(x, [compare(task, x) for task in x.tasks]) for x in ablate.table()[1:]]
+    return [(x, [compare(task, x) for task in x.tasks]) for x in ablate.ablations()[1:]]
 
 
 # ------------------------------------------------------------------------------------------------
@@ -145,61 +169,62 @@ def everything() -> list[tuple]:
 
 
 def number(x: float) -> str:
-    """Four digits or fewer, as many as are of use."""
-    digits = 0 if abs(x) >= 100 else 1 if abs(x) >= 10 else 2
-    return f"{x:,.{digits}f}".replace("-0.00", "0.00")
+    """Three digits or more."""
+    return f"{x:,.{0 if abs(x) >= 100 else 1 if abs(x) >= 10 else 2}f}".replace("-0.00", "0.00")
 
 
-def difference(x: tuple) -> str:
-    half = "" if x[3] is None else f" ± {number(x[3])}"
-    return f"{x[2]:+,.{0 if abs(x[2]) >= 100 else 1 if abs(x[2]) >= 10 else 2}f}{half}"
+def difference(x: Difference) -> str:
+    """With two digits of its interval."""
+    if not x.half:
+        return f"{x.difference:+.3g}"
+    digits = min(4, max(0, 1 - math.floor(math.log10(x.half))))
+    return f"{x.difference:+,.{digits}f} ± {x.half:,.{digits}f}"
 
 
-def part(x: Compared) -> tuple:
+def percent(x: Compared) -> tuple[float, float, float]:
     """The difference at the end in percent of what is learned, from and to."""
-    middle, half = 100 * x.end[2] / x.gain, 100 * (x.end[3] or 0.0) / x.gain
-    return middle, middle - half, middle + half
+    half = x.end.half or 0.0
+    low_to_high = (x.end.difference, x.end.difference - half, x.end.difference + half)
+    return tuple(100 * value / x.gain for value in low_to_high)
 
 
-def whole(percent: float) -> str:
-    return "0" if round(percent) == 0 else f"{percent:+.0f}"
+def in_percent(x: Compared) -> str:
+    middle, low, high = ("0" if round(value) == 0 else f"{value:+.0f}" for value in percent(x))
+    return f"{middle} % of what is learned, {low} to {high}"
 
 
 def effect(x: Compared) -> str:
-    """less, more, nothing, same, or unknown where there are not two seeds."""
+    """lower, higher, little (within 10 % of what is learned), open, same, or unknown."""
     if x.same:
         return "same"
-    if x.end[3] is None:
+    if x.end.half is None or x.without or x.gain <= 0:
         return "unknown"
-    _, low, high = part(x)
-    return "less" if high < 0 else "more" if low > 0 else "nothing"
+    if abs(x.end.difference) > x.end.half:
+        return "lower" if x.end.difference < 0 else "higher"
+    return "little" if x.end.half + abs(x.end.difference) <= 0.1 * x.gain else "open"
 
 
 def sentence(found: list[Compared]) -> str:
     """What was seen, no more than the intervals carry."""
-    kinds = {kind: [x for x in found if effect(x) == kind] for kind in ("less", "more", "nothing")}
+    words = {
+        "lower": "With this change the return is lower on {}.",
+        "higher": "**With this change the return is higher on {}.**",
+        "little": "It changes little or nothing on {}.",
+        "open": "It cannot be told from no change on {}.",
+    }
     said = []
-    if kinds["less"]:
-        said.append(f"Without it the return is lower on {places(kinds['less'])}.")
-    if kinds["more"]:
-        said.append(f"**Without it the return is higher on {places(kinds['more'])}.**")
-    if kinds["nothing"]:
-        said.append(f"Nothing is seen on {places(kinds['nothing'])}.")
+    for kind, text in words.items():
+        if places := [f"{x.task} ({in_percent(x)})" for x in found if effect(x) == kind]:
+            said.append(text.format(listed(places)))
     if same := [x.task for x in found if effect(x) == "same"]:
-        said.append(f"On {listed(same)} every return is the same, bit for bit.")
+        said.append(f"Every return is the same on {listed(same)}, in all digits that are kept.")
     if stopped := [f"{x.stopped} of {x.seeds} on {x.task}" for x in found if x.stopped]:
         said.append(f"Runs that ended early, with an error: {listed(stopped)}.")
-    if alone := [x.task for x in found if effect(x) == "unknown"]:
-        said.append(f"One seed, so no interval yet, on {listed(alone)}.")
+    if without := [f"{x.without} on {x.task}" for x in found if x.without]:
+        said.append(f"They ended before any episode, without a score: {listed(without)}.")
+    if alone := [x.task for x in found if effect(x) == "unknown" and not x.without]:
+        said.append(f"No interval yet on {listed(alone)}: one seed, or no spread between seeds.")
     return " ".join(said)
-
-
-def places(found: list[Compared]) -> str:
-    texts = []
-    for x in found:
-        middle, low, high = map(whole, part(x))
-        texts.append(f"{x.task} ({middle} % of what is learned, {low} to {high})")
-    return listed(texts)
 
 
 def listed(texts: list[str]) -> str:
@@ -220,38 +245,30 @@ def way_on(ablation) -> str:
     return f"`python benchmarks/ablate.py --only {detail}`"
 
 
-def part_of(ablation, found: list[Compared | None]) -> list[str]:
-    """The part of the page about an ablation."""
-    detail, text = ablation.detail, ""
-    if known := DETAILS.get(detail):
-        text = f"[{detail}](details.md#{detail.lower()}) {known['title']}. "
-    lines = [heading(ablation), "", text]
-    there = [x for x in found if x]
-    if there:
-        lines[-1] += sentence(there)
-    missing = [x for x, y in zip(ablation.tasks, found, strict=True) if not y or y.seeds < y.of]
+def section(ablation, found: list[Compared | None]) -> list[str]:
+    """All about an ablation."""
+    text, there = [], [x for x in found if x]
+    if known := DETAILS.get(ablation.detail):
+        text = [f"[{ablation.detail}](details.md#{ablation.detail.lower()}) {known['title']}."]
+    text += filter(None, [ablation.note, sentence(there)])
+    seeds = {task: x.seeds if x else 0 for task, x in zip(ablation.tasks, found, strict=True)}
+    missing = [task for task in ablation.tasks if seeds[task] < ablate.TASKS[task].seeds]
     if missing:
-        counts = [
-            f"{task} {y.seeds if y else 0}" for task, y in zip(ablation.tasks, found, strict=True)
-        ]
-        wanted = [f"{task} {ablate.TASKS[task].seeds}" for task in ablation.tasks]
-        lines[-1] += f" So far seeds of {listed(counts)}, in the end {listed(wanted)}: "
-        lines[-1] += f"{way_on(ablation)} goes on."
-    lines[-1] = lines[-1].strip()
-    lines.append("")
+        counts = [f"{seeds[task]} of {ablate.TASKS[task].seeds} on {task}" for task in missing]
+        text.append(f"Seeds so far: {listed(counts)}; {way_on(ablation)} goes on.")
+    lines = [heading(ablation), "", " ".join(text), ""]
     if ablation.flags:
         lines += [f"`{ablation.flags}`", ""]
     else:
-        script = ablate.TASKS[ablation.tasks[0]]
-        text = ablate.changed((ROOT / script.script).read_text(), script.edits)
-        lines += ["```diff", ablate.diff(text, ablation.edits), "```", ""]
+        script = ablate.script_of(ablate.TASKS[ablation.tasks[0]])
+        lines += ["```diff", ablate.diff(script, ablation.edits), "```", ""]
     if there:
         lines += ["| task | seeds | end | unchanged | difference | area | unchanged | difference |"]
         lines += ["|---" * 8 + "|"]
         for x in there:
             cells = [x.task, x.seeds]
             for values in (x.end, x.area):
-                cells += [number(values[0]), number(values[1]), difference(values)]
+                cells += [number(values.changed), number(values.unchanged), difference(values)]
             lines.append(f"| {' | '.join(map(str, cells))} |")
         lines.append("")
     return lines
@@ -261,7 +278,7 @@ def worth() -> dict[str, str]:
     """tag -> a line of details.md, what the detail is worth, with links."""
     lines = {}
     for ablation, found in everything():
-        words = sentence([x for x in found if x]) or "not run yet."
+        words = sentence([x for x in found if x]) or "Not run yet."
         text = f"[{ablation.instead}](ablation.md#{anchor(ablation)}): {words}"
         lines.setdefault(ablation.detail, []).append(text)
     return {detail: " ".join(texts) for detail, texts in lines.items()}
@@ -273,40 +290,46 @@ def worth() -> dict[str, str]:
 
 def tasks_table() -> list[str]:
     """The tasks, and the unchanged script on them."""
-    lines = [
-        "| task | script | steps | unchanged: seeds | end | area |",
-        "|---|---|---|---|---|---|",
-    ]
+    lines = ["| task | script | steps | unchanged: seeds | end | area |", "|---" * 6 + "|"]
     for name, task in ablate.TASKS.items():
-        found = scores(name, ablate.rows_of(name, ablate.Ablation(ablate.UNCHANGED, "", ())))
-        cells = ["", ""]
-        if found:
-            cells = [number(np.mean([score[i] for score in found.values()])) for i in (0, 1)]
-        words = f"[{task.script}](../{task.script}) `{task.flags}`".replace(" ``", "")
+        found = [score(name, rows) for rows in by_seed(ablate.rows_of(name, PLAIN)).values()]
+        cells = [number(np.mean([x[i] for x in found])) if found else "" for i in (0, 1)]
+        words = [f"[{task.script}](../{task.script})", f"`{task.flags}`" if task.flags else ""]
+        words = " ".join(filter(None, words)) + (f": {task.about}" if task.about else "")
         count = f"{len(found)} of {2 * task.seeds}"
         lines.append(f"| {name} | {words} | {task.steps:,} | {count} | {cells[0]} | {cells[1]} |")
+    for name, task in ablate.TASKS.items():
+        if task.edits:
+            script = (ROOT / task.script).read_text()
+            lines += [
+                "",
+                f"{name} is no game, so its script has been changed beforehand:",
+                "",
+            ]
+            lines += ["```diff", ablate.diff(script, task.edits), "```"]
     return lines
 
 
 def summary(all_of_it: list[tuple]) -> list[str]:
-    """A row for each of which there is an interval, most harm first."""
+    """A row for each of which something is known, most harm first."""
     lines = ["| detail | what stands in its place | difference at the end, % of what is learned |"]
     lines += ["|---" * 3 + "|"]
+    marks = {"lower": "*", "higher": "**"}
     for ablation, found in sorted(all_of_it, key=order):
         cells = []
-        for x in [x for x in found if x and x.end[3] is not None]:
-            middle, low, high = map(whole, part(x))
-            mark = "**" if effect(x) in ("less", "more") else ""
-            words = f"{mark}{middle}{mark} ({low} to {high})"
-            cells.append(f"{x.task} {'the same, bit for bit' if x.same else words}")
+        for x in [x for x in found if x and effect(x) != "unknown"]:
+            middle, low, high = re.findall(r"[+-]?\d+", in_percent(x))
+            mark = marks.get(effect(x), "")
+            words = "the same" if x.same else f"{mark}{middle}{mark} ({low} to {high})"
+            cells.append(f"{x.task} {words}")
         link = f"[{ablation.detail}](#{anchor(ablation)})"
         lines += [f"| {link} | {ablation.instead} | {'; '.join(cells)} |"] if cells else []
-    return [*lines, "", "Bold: the interval leaves out zero.", ""]
+    return [*lines, "", "Bold: the interval lies above zero. Italic: below.", ""]
 
 
 def order(pair) -> float:
     """Most harm first; what is not known comes last."""
-    known = [part(x)[0] for x in pair[1] if x]
+    known = [percent(x)[0] for x in pair[1] if x and x.gain > 0]
     return float(np.mean(known)) if known else np.inf
 
 
@@ -316,54 +339,74 @@ def by_tag(detail: str) -> tuple:
     return (tags.index(detail) if detail in tags else len(tags), detail)
 
 
+def progress() -> str:
+    pairs = [(task, ablation) for ablation in ablate.ablations() for task in ablation.tasks]
+    there = sum(len(ablate.stored(*pair)["runs"]) for pair in pairs)
+    wanted = sum(
+        ablate.TASKS[task].seeds * (1 + (ablation.detail == ablate.UNCHANGED))
+        for task, ablation in pairs
+    )
+    return f"{there:,} of {wanted:,} runs are there."
+
+
 def page(all_of_it: list[tuple]) -> str:
-    known = [x for _, found in all_of_it for x in found if x and x.end[3] is not None]
-    there = sum(min(x.seeds, x.of) for _, found in all_of_it for x in found if x)
-    wanted = sum(ablate.TASKS[task].seeds for ablation, _ in all_of_it for task in ablation.tasks)
+    kinds = [effect(x) for _, found in all_of_it for x in found if x]
+    n = sum(kind in ("lower", "higher", "little", "open") for kind in kinds)
     text = INTRODUCTION.format(
         tasks="\n".join(tasks_table()),
         ends="the mean return of the episodes that ended in the last tenth of the steps, of\n"
-        "  ppo_rlhf.py the true reward of 512 texts after it",
-        n=len(known),
-        chance=len(known) / 20,
-        found=sum(effect(x) in ("less", "more") for x in known),
-        progress=f"So far {there:,} of {wanted:,} runs are there.",
+        "  ppo_rlhf.py the true reward of 512 texts after it. A run that ended early has what it\n"
+        "  had last",
+        n=n,
+        chance=f"{n / 20:.1f}",
+        found=kinds.count("lower") + kinds.count("higher"),
+        progress=progress(),
     )
     lines = [text, "## Our own choices", ""]
     for ablation, found in all_of_it:
-        if ablation.detail in OURS:
+        if ablation.own:
             words = sentence([x for x in found if x]) or f"Not run yet: {way_on(ablation)}."
             lines.append(f"- [{ablation.detail}: {ablation.instead}](#{anchor(ablation)}). {words}")
-    lines += ["", "## All of them, most harm first", ""]
-    if known:
-        lines += [*summary(all_of_it), "![the same](results/ablation/effects.png)", ""]
+    if n:
+        lines += ["", "## All of them, most harm first", "", *summary(all_of_it)]
+        lines += ["![the same as a picture](results/ablation/effects.png)", ""]
         lines += ["![curves](results/ablation/curves.png)", ""]
-        lines += ["Black: the unchanged script. Coloured: where the interval at the end leaves out"]
-        lines += ["zero, the strongest five. Grey: all others.", ""]
-    lines += ["## One by one", ""]
+        lines += ["Means over seeds. Black: the unchanged script. Coloured: the strongest five of"]
+        lines += ["those whose interval at the end leaves out zero. Grey: all others."]
+    lines += ["", "## One by one", ""]
     for pair in sorted(all_of_it, key=lambda pair: by_tag(pair[0].detail)):
-        lines += part_of(*pair)
+        lines += section(*pair)
     return "\n".join(lines)
 
 
-def effects(all_of_it, path: Path):
+def effects(all_of_it: list[tuple], path: Path):
     """A row for each ablation, a mark for each of its tasks, with its interval."""
-    rows = sorted((pair for pair in all_of_it if any(pair[1])), key=order, reverse=True)
+    known = [(a, [x for x in found if x and x.gain > 0]) for a, found in all_of_it]
+    rows = sorted((pair for pair in known if pair[1]), key=order, reverse=True)
     colours = {task: f"C{i}" for i, task in enumerate(ablate.TASKS)}
-    figure, axes = plt.subplots(figsize=(11, 1.2 + 0.32 * len(rows)))
+    figure, axes = plt.subplots(figsize=(11, 1.6 + 0.34 * len(rows)))
     for y, (_, found) in enumerate(rows):
-        for i, x in enumerate([x for x in found if x]):
-            middle, low, high = np.clip(part(x), -140, 60)
-            at = y + 0.18 * (i - (len(found) - 1) / 2)
-            axes.plot([low, high], [at, at], color=colours[x.task], lw=1.5)
-            axes.plot(middle, at, "o", color=colours[x.task], ms=4)
-    for task in [x for x in ablate.TASKS if any(y and y.task == x for _, z in rows for y in z)]:
+        for i, x in enumerate(found):
+            middle, low, high = percent(x)
+            at, colour = y + 0.18 * (i - (len(found) - 1) / 2), colours[x.task]
+            axes.plot(np.clip([low, high], *LIMITS), [at, at], color=colour, lw=1.5)
+            filled = {} if x.end.half is not None else {"markerfacecolor": "white"}
+            axes.plot(np.clip(middle, *LIMITS), at, "o", color=colour, ms=4, **filled)
+            if low < LIMITS[0]:
+                axes.plot(LIMITS[0], at, "<", color=colour, ms=6)
+            if high > LIMITS[1]:
+                axes.plot(LIMITS[1], at, ">", color=colour, ms=6)
+    for task in [x for x in ablate.TASKS if any(y.task == x for _, z in rows for y in z)]:
         axes.plot([], [], "o-", color=colours[task], label=task, ms=4)
-    axes.set_yticks(range(len(rows)), [f"{x.detail}: {x.instead[:58]}" for x, _ in rows], size=8)
+    names = [f"{x.detail}: {x.instead[:58]}" for x, _ in rows]
+    axes.set_yticks(range(len(rows)), names, size=8)
     axes.axvline(0, color="black", lw=0.8)
-    axes.set_xlim(-145, 65)
+    axes.set_xlim(LIMITS[0] - 5, LIMITS[1] + 5)
     axes.set_ylim(-0.7, len(rows) - 0.3)
-    axes.set_xlabel("difference at the end, in percent of what the unchanged script learns")
+    axes.set_xlabel(
+        "difference at the end, 95 % interval, in percent of what the unchanged script learns\n"
+        "(hollow: no interval yet; arrow: it goes on)"
+    )
     axes.legend(fontsize=8, loc="lower left")
     axes.grid(axis="x", alpha=0.3)
     figure.tight_layout()
@@ -371,38 +414,39 @@ def effects(all_of_it, path: Path):
     plt.close(figure)
 
 
-def curves(all_of_it, path: Path):
+def curves(all_of_it: list[tuple], path: Path):
     """A panel for each task: the mean curve of each ablation."""
     tasks = [x for x in ablate.TASKS if any(y and y.task == x for _, z in all_of_it for y in z)]
-    columns = 2
-    size = (11, 3.4 * math.ceil(len(tasks) / columns))
-    figure, panels = plt.subplots(math.ceil(len(tasks) / columns), columns, figsize=size)
+    rows = math.ceil(len(tasks) / 2)
+    figure, panels = plt.subplots(rows, 2, figsize=(11, 3.6 * rows), squeeze=False)
     for axes in panels.flat[len(tasks) :]:
         axes.axis("off")
     for axes, task in zip(panels.flat, tasks, strict=False):
         of_task = [(a, x) for a, found in all_of_it for x in found if x and x.task == task]
-        strong = [pair for pair in of_task if effect(pair[1]) in ("less", "more")]
-        strong = sorted(strong, key=lambda pair: -abs(pair[1].end[2]))[:5]
+        strong = [pair for pair in of_task if effect(pair[1]) in ("lower", "higher")]
+        strong = sorted(strong, key=lambda pair: -abs(pair[1].end.difference))[:5]
         steps = np.arange(1, WINDOWS + 1) * ablate.TASKS[task].steps / WINDOWS
         for ablation, _ in of_task:
             axes.plot(steps, mean_curve(task, ablation), color="0.8", lw=0.8)
         for ablation, _ in strong:
             label = f"{ablation.detail}: {ablation.instead[:34]}"
             axes.plot(steps, mean_curve(task, ablation), lw=1.4, label=label)
-        plain = ablate.Ablation(ablate.UNCHANGED, "", ())
-        axes.plot(steps, mean_curve(task, plain), color="black", lw=2)
+        axes.plot(steps, mean_curve(task, PLAIN), color="black", lw=2)
+        language = ablate.TASKS[task].script == "ppo_rlhf.py"
+        axes.set_xlabel("episodes" if language else "steps")
+        axes.set_ylabel("true reward" if language else "return")
         axes.set_title(task, size=10)
         axes.ticklabel_format(axis="x", scilimits=(0, 4))
-        axes.legend(fontsize=7) if strong else None
+        if strong:
+            axes.legend(fontsize=7)
     figure.tight_layout()
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
 
 def mean_curve(task: str, ablation) -> np.ndarray:
-    rows = ablate.rows_of(task, ablation)
-    seeds = sorted({row["seed"] for row in rows})
-    return np.mean([windows(task, [x for x in rows if x["seed"] == s]) for s in seeds], axis=0)
+    found = [windows(task, rows) for rows in by_seed(ablate.rows_of(task, ablation)).values()]
+    return np.mean([curve for curve in found if curve.size], axis=0)
 
 
 def pages() -> dict[Path, str]:

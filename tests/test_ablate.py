@@ -1,6 +1,10 @@
 """benchmarks/ablate.py: every ablation fits the scripts, and what is there is not run again."""
 
+import dataclasses
 import json
+import os
+import subprocess
+import sys
 
 import ablate
 import pytest
@@ -12,7 +16,7 @@ import ppo_discrete
 import ppo_rlhf
 from conftest import ROOT
 
-TABLE = ablate.table()
+TABLE = ablate.ablations()
 SCRIPTS = [ppo_discrete, ppo_continuous, ppo_atari, ppo_atari_lstm, ppo_rlhf]
 SCRIPTS = {f"{script.__name__}.py": script for script in SCRIPTS}
 PAIRS = [(task, ablation) for ablation in TABLE for task in ablation.tasks]
@@ -22,8 +26,7 @@ each_pair = pytest.mark.parametrize(
 
 
 def text_of(task):
-    task = ablate.TASKS[task]
-    return ablate.changed((ROOT / task.script).read_text(), task.edits)
+    return ablate.script_of(ablate.TASKS[task])
 
 
 @each_pair
@@ -37,6 +40,8 @@ def test_ablation_fits_its_script(task, ablation):
     args = SCRIPTS[script].parse_args(flags)
     plain = ablate.command(ablate.TASKS[task], TABLE[0], seed=3)[1:]
     assert args.seed == 3 and not args.cuda
+    if not ablate.TASKS[task].edits:
+        SCRIPTS[script].check_args(args)
     assert (args != SCRIPTS[script].parse_args(plain)) == bool(ablation.flags)
 
 
@@ -61,6 +66,86 @@ def test_line_that_is_gone_or_there_twice_is_an_error():
 
 def test_diff_shows_what_is_taken_away():
     assert ablate.diff("a\nb\nc\nd\n", (("b\n", "x\ny\n"), ("d\n", ""))) == "-b\n+x\n+y\n-d"
+
+
+QUICK = {  # what a task's flags become, and its steps
+    "ppo_discrete.py": ("--no-compile --update-epochs 1", 1024),
+    "ppo_continuous.py": ("--no-compile --update-epochs 1", 4096),
+    "ppo_atari.py": ("--no-compile --update-epochs 1", 2048),
+    "ppo_atari_lstm.py": ("--update-epochs 1", 192),
+    "ppo_rlhf.py": ("--sft-texts 256 --rm-pairs 64 --rm-test-pairs 64 --eval-episodes 16", 1280),
+}
+NOTHING = ("C12", "L2")  # what they take away changes no number by construction
+
+
+@pytest.fixture(scope="module")
+def unchanged(tmp_path_factory):
+    """The rows of a quick run of the unchanged script, by task."""
+    known = {}
+
+    def of(task):
+        if task not in known:
+            folder = tmp_path_factory.mktemp(task)
+            known[task] = quick(folder, task, TABLE[0])
+        return known[task]
+
+    return of
+
+
+def quick(folder, task, ablation):
+    """What a few iterations log, times apart, as ablate.run starts them."""
+    settings = ablate.TASKS[task]
+    flags, steps = QUICK[settings.script]
+    few = dataclasses.replace(settings, flags=f"{settings.flags} {flags}", steps=steps)
+    (folder / settings.script).write_text(ablate.changed(text_of(task), ablation.edits))
+    env = os.environ | {"PYTHONPATH": str(ROOT / "benchmarks")}
+    words = [sys.executable, *ablate.command(few, ablation, seed=1)]
+    done = subprocess.run(words, cwd=folder, env=env, check=False, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    rows = ablate.read_metrics(next(folder.glob("runs/*/metrics.csv")))
+    return [(step, name, x) for step, _, name, x in rows if not name.startswith(TIMES)]
+
+
+TIMES = ("charts/SPS", "time/", "perf/")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("task", "ablation"),
+    [(task, x) for task, x in PAIRS if x.edits],
+    ids=[f"{task}-{x.name}" for task, x in PAIRS if x.edits],
+)
+def test_lines_that_take_its_place_run_and_do_something(task, ablation, unchanged, tmp_path):
+    """In the first iterations, but for what changes no number by construction."""
+    rows, plain = quick(tmp_path, task, ablation), unchanged(task)
+    if ablation.detail in NOTHING:
+        names = {name for _, name, _ in rows}
+        assert rows == [row for row in plain if row[1] in names]
+    else:
+        assert rows != plain
+
+
+def test_what_is_kept_is_of_the_table():
+    """Diff, flags and steps as they are today, each run with the text of its day, no other file."""
+    names = set()
+    for task, ablation in PAIRS:
+        path, table = ablate.files(task, ablation)
+        if not path.exists():
+            continue
+        names |= {path.name, table.name}
+        data, settings = ablate.stored(task, ablation), ablate.TASKS[task]
+        assert data["diff"] == ablate.diff(text_of(task), ablation.edits)
+        assert [data[x] for x in ("instead", "flags")] == [ablation.instead, ablation.flags]
+        assert (data["task_flags"], data["steps"]) == (settings.flags, settings.steps)
+        for run in data["runs"]:
+            words = ablate.command(settings, ablation, run["seed"])
+            assert run["command"] == ablate.shlex.join(words)
+            assert len(run["git_commit"]) == 40
+        seeds = [run["seed"] for run in data["runs"]]
+        assert seeds == sorted(set(seeds))
+        assert {int(row["seed"]) for row in ablate.rows_of(task, ablation)} <= set(seeds)
+    kept = {path.name for path in ablate.RESULTS.glob("*__*")}
+    assert kept == names
 
 
 def entry(seed):
@@ -94,6 +179,13 @@ def test_what_is_there_is_not_run_again(empty):
     assert [job for job in before if job not in after] == [("CartPole", c8, 2)]
 
 
+def test_with_a_detail_comes_the_unchanged_script_on_its_tasks(empty):
+    found = ablate.jobs(TABLE, ("L3",))
+    assert {task for task, *_ in found} == {"Recall"}
+    assert {x.detail for _, x, _ in found} == {"L3", ablate.UNCHANGED}
+    assert len(found) == 15
+
+
 def test_order_loses_seeds_before_details(empty):
     """Twice the seeds for the unchanged script, in the same rounds; tasks in their order."""
     order = ablate.jobs(TABLE[:3], ())
@@ -108,39 +200,64 @@ def test_order_loses_seeds_before_details(empty):
             assert seeds == [*range(1, wanted + 1)] * (task in a.tasks)
 
 
-@pytest.mark.parametrize("code", [0, 2])
-def test_run_trains_the_changed_text_and_keeps_its_returns(empty, monkeypatch, code):
-    """With a script of a few lines in the place of a real one; one that fails is kept, too."""
-    fake = f"""
+FAKE = """
 import json, pathlib, sys
-folder = pathlib.Path("runs/a")
-folder.mkdir(parents=True)
-(folder / "config.json").write_text(json.dumps({{"cpus": 2, "versions": {{"torch": "x"}}}}))
-rows = "5,0.1,charts/episodic_return,7\\n6,0.1,losses/x,1\\n" + "9,0.2,charts/episodic_return,VALUE"
-(folder / "metrics.csv").write_text("global_step,time,name,value\\n" + rows)
-sys.exit({code})
+print("error: losses not finite" if CODE == 2 else "done")
+if MADE:
+    folder = pathlib.Path("runs/a")
+    folder.mkdir(parents=True)
+    config = {"cpus": 2, "versions": {"torch": "x"}, "precision": "bf16"}
+    (folder / "config.json").write_text(json.dumps(config))
+    rows = "5,0.1,charts/episodic_return,7\\n6,0.1,losses/x,1\\n9,0.2,charts/episodic_return,VALUE"
+    (folder / "metrics.csv").write_text("global_step,time,name,value\\n" + rows)
+sys.exit(CODE)
 """
-    monkeypatch.setattr(ablate, "ROOT", ROOT.__class__("root"))
-    ablate.ROOT.mkdir()
-    (ablate.ROOT / "ppo_discrete.py").write_text(fake)
-    ablation = ablate.Ablation("C8", "eight", ("CartPole",), edits=(("VALUE", "8"),))
-    ablate.run("CartPole", ablation, 4, "c" * 40)
-    rows = [tuple(row.values()) for row in ablate.rows_of("CartPole", ablation)]
+EIGHT = ablate.Ablation("C8", "eight", ("CartPole",), edits=(("VALUE", "8"),))
+
+
+@pytest.mark.parametrize(("code", "said"), [(0, ""), (2, "error: losses not finite")])
+def test_run_trains_the_changed_text_and_keeps_its_returns(empty, code, said):
+    """With a script of a few lines in place of a real one; one that ends itself is kept, too."""
+    fake = FAKE.replace("CODE", str(code)).replace("MADE", "True")
+    assert ablate.run("CartPole", EIGHT, 4, "c" * 40, fake) == said
+    rows = [tuple(row.values()) for row in ablate.rows_of("CartPole", EIGHT)]
     name = "charts/episodic_return"
     assert rows == [("4", "5", name, "7"), ("4", "9", name, "8")]
-    (run,) = ablate.stored("CartPole", ablation)["runs"]
-    assert (run["exit_code"], run["steps"], run["git_commit"]) == (code, 9, "c" * 40)
+    (run,) = ablate.stored("CartPole", EIGHT)["runs"]
+    assert (run["exit_code"], run["said"], run["steps"]) == (code, said, 9)
+    assert (run["git_commit"], run["precision"]) == ("c" * 40, "bf16")
     assert run["command"].startswith("ppo_discrete.py --env-id CartPole-v1 --total-timesteps")
 
 
-def test_main_refuses_what_it_does_not_know(empty, monkeypatch, capsys):
+@pytest.mark.parametrize(
+    ("code", "made"), [(1, True), (130, True), (-9, True), (2, False)], ids=str
+)
+def test_what_ends_for_another_reason_is_no_result(empty, code, made):
+    """A traceback, Ctrl-C, a kill, wrong flags: named, and to be run again."""
+    end = f"__import__('os').kill(__import__('os').getpid(), {-code})" if code < 0 else "pass"
+    fake = FAKE.replace("MADE", str(made)).replace("sys.exit", f"{end}\nsys.exit")
+    fake = fake.replace("CODE", str(code))
+    said = ablate.run("CartPole", EIGHT, 4, "c" * 40, fake)
+    assert said.startswith(f"exit code {code}, not kept: ")
+    assert ablate.stored("CartPole", EIGHT) == {"runs": []}
+    assert not ablate.RESULTS.exists()
+
+
+def test_main_refuses_what_it_does_not_know(empty, monkeypatch, capsys, tmp_path):
     assert ablate.main(ablate.Args(only=("C99",))) == 2
     assert "neither a task nor a detail" in capsys.readouterr().err
-    monkeypatch.setattr(ablate, "commit_of", lambda path: "abc-dirty")
-    assert ablate.main(ablate.Args()) == 2
-    assert "commit first" in capsys.readouterr().err
-    monkeypatch.setattr(ablate, "commit_of", lambda path: "abc")
+    copy = tmp_path / "clone"
+    subprocess.run(["git", "init", "-q", copy], check=True)
+    for path in ROOT.glob("ppo_*.py"):
+        (copy / path.name).write_bytes(path.read_bytes())
+    monkeypatch.setattr(ablate, "ROOT", copy)
     monkeypatch.setattr(ablate, "run", lambda *job: pytest.fail("no hours"))
+    assert ablate.main(ablate.Args(hours=0)) == 2
+    assert "commit first" in capsys.readouterr().err
+    git = ["git", "-C", copy, "-c", "user.name=a", "-c", "user.email=a@b"]
+    subprocess.run([*git, "add", "."], check=True)
+    subprocess.run([*git, "commit", "-qm", "a"], check=True)
+    (copy / "rows.csv.gz").write_text("results of earlier runs are no change of a script")
     assert ablate.main(ablate.Args(hours=0)) == 0
 
 

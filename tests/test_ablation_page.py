@@ -7,10 +7,11 @@ import pytest
 import make_ablation
 import make_details
 from conftest import ROOT
-from make_ablation import Compared, effect, part, sentence, welch
+from make_ablation import Compared, Difference, effect, percent, sentence, welch
 
 PAGE = (ROOT / "docs" / "ablation.md").read_text()
 EPISODE = "charts/episodic_return"
+PLAIN = ablate.ablations()[0]
 
 
 def test_page_is_up_to_date():
@@ -26,7 +27,8 @@ def test_interval_by_hand():
     theirs = [8 + x * (4 / (10 / 3)) ** 0.5 for x in (-2, 2, -1, 1)]
     assert welch(ours, theirs) == pytest.approx((8, 3, 5, 2.571 * 1.5**0.5))
     assert welch(ours, [8.0]) == (8, 3, 5, None)
-    assert welch([500] * 4, [499] * 2) == (499, 500, -1, 0)
+    assert welch([500] * 4, [499] * 2) == (499, 500, -1, None)  # no spread, nothing to judge by
+    assert welch([500] * 4, [500] * 2) == (500, 500, 0, 0)
 
 
 def rows(seed, values, name=EPISODE):
@@ -43,40 +45,52 @@ def toy(monkeypatch):
 
 
 def test_windows_and_scores(toy):
-    found = rows(3, [(1, 5.0), (2, 7.0), (7, 2.0), (91, 10.0), (100, 20.0), (90, 99.0)])
+    found = rows(3, [(3, 5.0), (4, 7.0), (7, 2.0), (91, 10.0), (100, 20.0), (90, 99.0)])
     curve = make_ablation.windows("Toy", found)
     assert list(curve[:5]) == [6, 6, 6, 2, 2]
     assert list(curve[43:]) == [2, 99, 10, 10, 10, 10, 20]
-    (score,) = make_ablation.scores("Toy", found).values()
-    assert score == (15, curve.mean(), 6)
-    early = make_ablation.scores("Toy", rows(3, [(2, 7.0), (7, 2.0)]))[3]
+    assert make_ablation.score("Toy", found) == (15, curve.mean(), 6)
+    early = make_ablation.score("Toy", rows(3, [(2, 7.0), (7, 2.0)]))
     assert early == (2, pytest.approx((3 * 7 + 47 * 2) / 50), 7)
+    assert make_ablation.score("Toy", rows(3, [(2, 7.0)], "losses/x")) is None
 
 
 def test_held_out_reward_is_the_end_of_language_models(monkeypatch):
-    task = ablate.Task("ppo_rlhf.py", "", 100, 2, ablate.SCORES)
+    task = ablate.Task("ppo_rlhf.py", "", 100, 2, "", ablate.SCORES)
     monkeypatch.setitem(ablate.TASKS, "Toy", task)
     found = rows(1, [(50, 1.0), (100, 3.0)], "gold/score") + rows(1, [(100, 9.0)], "objective/x")
+    assert make_ablation.score("Toy", found).end == pytest.approx((4 * 1 + 3) / 5)
     found += rows(1, [(100, 2.5)], make_ablation.HELD_OUT)
-    assert make_ablation.scores("Toy", found)[1][0] == 2.5
-    assert make_ablation.scores("Toy", found)[1].area == pytest.approx((49 * 1 + 3) / 50)
+    assert make_ablation.score("Toy", found).end == 2.5
+    assert make_ablation.score("Toy", found).area == pytest.approx((49 * 1 + 3) / 50)
 
 
-def compared(difference, half, same=False, gain=100.0, stopped=0):
-    end = (50.0 + difference, 50.0, difference, half)
-    return Compared("Toy", 3, 3, end, end, gain, same, stopped)
+def compared(difference, half, same=False, gain=100.0, stopped=0, without=0):
+    end = Difference(50.0 + difference, 50.0, difference, half)
+    return Compared("Toy", 3, 3, end, end, gain, same, stopped, without)
 
 
 @pytest.mark.parametrize(
     ("x", "expected", "words"),
     [
-        (compared(-20, 10), "less", "Without it the return is lower on Toy (-20 % of what is"),
-        (compared(20, 10), "more", "**Without it the return is higher on Toy (+20 % of what is"),
-        (compared(-20, 21), "nothing", "Nothing is seen on Toy (-20 % of what is learned, -41 to"),
-        (compared(20, 20), "nothing", "Nothing is seen"),
-        (compared(-20, None), "unknown", "One seed, so no interval yet, on Toy."),
-        (compared(0, 0, same=True), "same", "On Toy every return is the same, bit for bit."),
-        (compared(-1, 0), "less", "Without it the return is lower"),
+        (
+            compared(-20, 10),
+            "lower",
+            "With this change the return is lower on Toy (-20 % of what is learned, -30 to -10).",
+        ),
+        (
+            compared(20, 10),
+            "higher",
+            "**With this change the return is higher on Toy (+20 % of what is learned, +10 to",
+        ),
+        (compared(-20, 21), "open", "It cannot be told from no change on Toy (-20 % of what is"),
+        (compared(20, 20), "open", "It cannot be told from no change on Toy"),
+        (compared(-4, 6), "little", "It changes little or nothing on Toy (-4 % of what is"),
+        (compared(-4, 6.1), "open", "It cannot be told"),
+        (compared(-20, None), "unknown", "No interval yet on Toy: one seed, or no spread"),
+        (compared(0, 0, same=True), "same", "Every return is the same on Toy, in all digits"),
+        (compared(-20, 10, gain=-5), "unknown", "No interval yet"),
+        (compared(-20, 10, without=1), "unknown", "They ended before any episode, without a"),
     ],
 )
 def test_words_are_no_stronger_than_the_interval(x, expected, words):
@@ -86,37 +100,95 @@ def test_words_are_no_stronger_than_the_interval(x, expected, words):
 
 def test_all_that_was_seen_is_said():
     text = sentence([compared(-20, 10), compared(20, 10), compared(5, 10), compared(1, None)])
-    assert [text.count(x) for x in ("lower on", "**", "Nothing", "One seed")] == [1, 2, 1, 1]
+    assert [text.count(x) for x in ("lower on", "**", "cannot", "No interval")] == [1, 2, 1, 1]
+    assert percent(compared(-20, 10, gain=50)) == (-40, -60, -20)
     text = sentence([compared(-20, 10, stopped=2)])
     assert text.endswith("Runs that ended early, with an error: 2 of 3 on Toy.")
-    assert part(compared(-20, 10, gain=50)) == (-40, -60, -20)
+    text = sentence([compared(-20, 10, stopped=2, without=1)])
+    assert "2 of 3 on Toy" in text and text.endswith("without a score: 1 on Toy.")
 
 
-def test_same_returns_are_compared_seed_by_seed(toy, monkeypatch):
+@pytest.mark.parametrize(
+    ("x", "expected"),
+    [
+        (Difference(0, 0, 0.0219, 0.0031), "+0.0219 ± 0.0031"),
+        (Difference(0, 0, -123.4, 45.6), "-123 ± 46"),
+        (Difference(0, 0, 1234.0, 5.67), "+1,234.0 ± 5.7"),
+        (Difference(0, 0, -0.5, None), "-0.5"),
+        (Difference(0, 0, 0.0, 0.0), "+0"),
+    ],
+)
+def test_differences_have_the_digits_of_their_interval(x, expected):
+    assert make_ablation.difference(x) == expected
+
+
+@pytest.fixture
+def kept(toy, monkeypatch):
+    """Runs of ablations: detail -> rows of the table, exit codes."""
     plain = rows(1, [(50, 1.0), (100, 2.0)]) + rows(2, [(50, 1.0), (100, 3.0)])
-    known = {ablate.UNCHANGED: plain, "C12": plain[:2], "C3": plain[:1] + rows(1, [(100, 2.1)])}
-    monkeypatch.setattr(ablate, "rows_of", lambda task, ablation: known[ablation.detail])
-    runs = {"runs": [{"exit_code": 0}, {"exit_code": 2}]}
-    monkeypatch.setattr(ablate, "stored", lambda task, ablation: runs)
-    for detail, same in (("C12", True), ("C3", False)):
-        found = make_ablation.compare("Toy", ablate.Ablation(detail, "", ("Toy",)))
-        assert (found.same, found.seeds, found.of, found.stopped) == (same, 1, 2, 1)
-        assert found.end[1] == 2.5
-        assert found.gain == 1.5
+    known = {
+        ablate.UNCHANGED: (plain, [0, 0]),
+        "C12": (plain[:2], [0]),
+        "C3": (plain[:1] + rows(1, [(100, 2.1)]), [0]),
+        "C8": (rows(2, [(50, 1.0), (100, 1.5)]), [2, 0]),
+        "C9": ([], [2, 2]),
+    }
+    monkeypatch.setattr(ablate, "rows_of", lambda task, ablation: known[ablation.detail][0])
+    runs = {k: {"runs": [{"exit_code": x} for x in codes]} for k, (_, codes) in known.items()}
+    monkeypatch.setattr(ablate, "stored", lambda task, ablation: runs[ablation.detail])
+
+
+def of(detail):
+    return make_ablation.compare("Toy", ablate.Ablation(detail, detail, ("Toy",)))
+
+
+def test_same_returns_are_compared_seed_by_seed(kept):
+    """A difference to seeds that only the unchanged script has is none."""
+    same, other = of("C12"), of("C3")
+    assert (same.same, same.end, same.seeds, same.wanted) == (True, (2, 2, 0, 0), 1, 2)
+    assert not other.same
+    assert other.end == pytest.approx((2.1, 2.5, -0.4, None), nan_ok=True)
+    assert other.gain == 1.5
+
+
+def test_runs_without_any_episode_are_counted(kept):
+    found = of("C8")
+    assert (found.seeds, found.stopped, found.without) == (2, 1, 1)
+    assert effect(found) == "unknown"
+    assert of("C9") is None
+
+
+def test_table_and_pictures_are_of_what_is_known(kept, tmp_path):
+    """Most harm first, details with nothing in no row; pictures of it can be drawn."""
+    everything = [(ablate.Ablation(x, x, ("Toy",)), [of(x)]) for x in ("C3", "C12", "C8", "C9")]
+    everything[0][1][0] = everything[0][1][0]._replace(end=Difference(1.1, 2.5, -1.4, 0.4))
+    lines = make_ablation.summary(everything)
+    assert lines[2:4] == [
+        "| [C3](#c3-c3) | C3 | Toy *-93* (-120 to -67) |",
+        "| [C12](#c12-c12) | C12 | Toy the same |",
+    ]
+    assert lines[4] == ""
+    for name, draw in (("a.png", make_ablation.effects), ("b.png", make_ablation.curves)):
+        draw(everything, tmp_path / name)
+        assert (tmp_path / name).stat().st_size > 5000
 
 
 def test_every_detail_has_its_place_and_its_line():
     """With data, or with how far it came and the command that goes on."""
-    table = ablate.table()[1:]
+    table = ablate.ablations()[1:]
     for ablation in table:
         heading = make_ablation.heading(ablation)
         assert PAGE.count(f"\n{heading}\n") == 1, heading
-        part = PAGE.split(f"\n{heading}\n")[1].split("\n### ")[0]
-        there = len(ablate.rows_of(ablation.tasks[0], ablation)) > 0
-        assert there == ("| task |" in part) or "goes on" in part
+        section = PAGE.split(f"\n{heading}\n")[1].split("\n### ")[0]
+        missing = False
+        for task in ablation.tasks:
+            runs, rows = ablate.stored(task, ablation)["runs"], ablate.rows_of(task, ablation)
+            assert (f"\n| {task} |" in section) == bool(rows and ablate.rows_of(task, PLAIN))
+            missing |= len(runs) < ablate.TASKS[task].seeds
+        assert (f"--only {ablation.detail}` goes on" in section.replace("'", "")) == missing
     details = (ROOT / "docs" / "details.md").read_text()
     tags = {ablation.detail for ablation in table} & make_details.table().keys()
     assert {*make_details.of_the_37(make_details.table())} <= tags
     for tag in tags:
-        part = details.split(f"\n## {tag} ")[1].split("\n## ")[0]
-        assert part.count("\n- Worth: ") == 1
+        section = details.split(f"\n## {tag} ")[1].split("\n## ")[0]
+        assert section.count("\n- Worth: ") == 1
