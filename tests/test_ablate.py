@@ -69,13 +69,14 @@ def test_diff_shows_what_is_taken_away():
 
 
 QUICK = {  # what a task's flags become, and its steps
-    "ppo_discrete.py": ("--no-compile --update-epochs 1", 1024),
-    "ppo_continuous.py": ("--no-compile --update-epochs 1", 4096),
+    "ppo_discrete.py": ("--no-compile --learning-rate 0.01", 1024),
+    "ppo_continuous.py": ("--no-compile --learning-rate 0.01", 4096),
     "ppo_atari.py": ("--no-compile --update-epochs 1", 2048),
     "ppo_atari_lstm.py": ("--update-epochs 1", 192),
     "ppo_rlhf.py": ("--sft-texts 256 --rm-pairs 64 --rm-test-pairs 64 --eval-episodes 16", 1280),
 }
 NOTHING = ("C12", "L2")  # what they take away changes no number by construction
+LATER = ("R7", "A6")  # no observation is clipped that soon, and Breakout's first rewards are 1
 
 
 @pytest.fixture(scope="module")
@@ -122,7 +123,7 @@ def test_lines_that_take_its_place_run_and_do_something(task, ablation, unchange
         names = {name for _, name, _ in rows}
         assert rows == [row for row in plain if row[1] in names]
     else:
-        assert rows != plain
+        assert (rows != plain) == (ablation.detail not in LATER)
 
 
 def test_what_is_kept_is_of_the_table():
