@@ -2,6 +2,7 @@
 
     python benchmarks/ablate.py --hours 2 --jobs 2          # go on for two hours
     python benchmarks/ablate.py --only CartPole --only C8   # a task or a detail; what fits both
+    python benchmarks/ablate.py --only Breakout --cuda --jobs 8
     python benchmarks/ablate.py --list                      # what there is and how far it has come
 
 ablations.toml says what is taken away and what stands in its place: a flag of the script, or lines
@@ -104,6 +105,7 @@ class Args:
     hours: float = 1e9  # no run is begun after so many
     jobs: int = 1  # runs side by side, each on one thread
     only: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()  # a task or detail; repeatable
+    cuda: bool = False  # on the GPU, where many runs of Atari find room side by side
     list: bool = False  # say what there is, and run nothing
 
 
@@ -176,10 +178,11 @@ def jobs(found: list[Ablation], only: tuple[str, ...]) -> list[tuple[str, Ablati
     return [job[1:] for job in missing]
 
 
-def command(task: Task, ablation: Ablation, seed: int) -> list[str]:
+def command(task: Task, ablation: Ablation, seed: int, cuda: bool = False) -> list[str]:
     total = "--total-episodes" if task.script == "ppo_rlhf.py" else "--total-timesteps"
     flags = [*shlex.split(task.flags), total, str(task.steps), "--seed", str(seed)]
-    return [task.script, *flags, "--no-cuda", "--torch-threads", "1", *shlex.split(ablation.flags)]
+    flags += ["--cuda" if cuda else "--no-cuda", "--torch-threads", "1"]
+    return [task.script, *flags, *shlex.split(ablation.flags)]
 
 
 def script_of(task: Task) -> str:
@@ -187,10 +190,12 @@ def script_of(task: Task) -> str:
     return changed((ROOT / task.script).read_text(), task.edits)
 
 
-def run(name: str, ablation: Ablation, seed: int, commit: str, script: str) -> str:
+def run(
+    name: str, ablation: Ablation, seed: int, commit: str, script: str, cuda: bool = False
+) -> str:
     """Train with the script, without the detail, and keep the result; or why there is none."""
     task = TASKS[name]
-    text, words = changed(script, ablation.edits), command(task, ablation, seed)
+    text, words = changed(script, ablation.edits), command(task, ablation, seed, cuda)
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / task.script).write_text(text)
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
@@ -213,7 +218,7 @@ def run(name: str, ablation: Ablation, seed: int, commit: str, script: str) -> s
         "command": shlex.join(words),
         "git_commit": commit,
         "script_sha256": hashlib.sha256(text.encode()).hexdigest(),
-        "machine": f"{config['cpus']} cores, {cpu}",
+        "machine": f"{config['cpus']} cores, {cpu}, device {config['device']}",
         "versions": config["versions"],
         "steps": max((step for step, *_ in metrics), default=0),
         "precision": config.get("precision"),
@@ -285,7 +290,7 @@ def main(args: Args) -> int:
         task, ablation, seed = job
         if time.monotonic() < end:
             start = time.monotonic()
-            said = run(task, ablation, seed, commit, scripts[task])
+            said = run(task, ablation, seed, commit, scripts[task], args.cuda)
             words = f"seed {seed}: {time.monotonic() - start:.0f} s {said}".rstrip()
             print(task, ablation.detail, ablation.instead, words, flush=True)
 

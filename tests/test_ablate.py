@@ -40,6 +40,8 @@ def test_ablation_fits_its_script(task, ablation):
     args = SCRIPTS[script].parse_args(flags)
     plain = ablate.command(ablate.TASKS[task], TABLE[0], seed=3)[1:]
     assert args.seed == 3 and not args.cuda
+    on_gpu = ablate.command(ablate.TASKS[task], ablation, seed=3, cuda=True)[1:]
+    assert SCRIPTS[script].parse_args(on_gpu).cuda
     if not ablate.TASKS[task].edits:
         SCRIPTS[script].check_args(args)
     assert (args != SCRIPTS[script].parse_args(plain)) == bool(ablation.flags)
@@ -139,7 +141,8 @@ def test_what_is_kept_is_of_the_table():
         assert [data[x] for x in ("instead", "flags")] == [ablation.instead, ablation.flags]
         assert (data["task_flags"], data["steps"]) == (settings.flags, settings.steps)
         for run in data["runs"]:
-            words = ablate.command(settings, ablation, run["seed"])
+            on = "device cpu" not in run["machine"]
+            words = ablate.command(settings, ablation, run["seed"], cuda=on)
             assert run["command"] == ablate.shlex.join(words)
             assert len(run["git_commit"]) == 40
         seeds = [run["seed"] for run in data["runs"]]
@@ -207,7 +210,7 @@ print("error: losses not finite" if CODE == 2 else "done")
 if MADE:
     folder = pathlib.Path("runs/a")
     folder.mkdir(parents=True)
-    config = {"cpus": 2, "versions": {"torch": "x"}, "precision": "bf16"}
+    config = {"cpus": 2, "versions": {"torch": "x"}, "precision": "bf16", "device": "cpu"}
     (folder / "config.json").write_text(json.dumps(config))
     rows = "5,0.1,charts/episodic_return,7\\n6,0.1,losses/x,1\\n9,0.2,charts/episodic_return,VALUE"
     (folder / "metrics.csv").write_text("global_step,time,name,value\\n" + rows)
