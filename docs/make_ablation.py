@@ -3,6 +3,8 @@
 python docs/make_ablation.py
 """
 
+import functools
+import gzip
 import math
 import re
 import sys
@@ -26,7 +28,10 @@ DETAILS = tomllib.loads((ROOT / "docs" / "details.toml").read_text())
 PICTURES = ROOT / "docs" / "results" / "ablation"
 PLAIN = ablate.ablations()[0]
 WINDOWS = 50  # of a curve
-HELD_OUT = "eval/ppo/gold/score"  # of ppo_rlhf.py after training, by the true reward
+# what makes a curve and, where it is not the same at its end, what is measured after it
+RETURN = ("charts/episodic_return", None)
+GOLD = ("gold/score", "eval/ppo/gold/score")
+PROXY = ("objective/scores", "eval/ppo/proxy")
 LIMITS = (-160, 100)  # of the picture, percent
 
 INTRODUCTION = """# Which detail matters?
@@ -43,7 +48,8 @@ may be needed elsewhere.
 
 - **end**: {ends}.
 - **area**: the mean over the whole training, which is the area under the curve by its length. Of
-  ppo_rlhf.py the true reward of each rollout.
+  ppo_rlhf.py the true reward of each rollout; its **proxy** is the reward model, which it learns
+  from.
 - **difference**: to the unchanged script, with the 95 % interval of Welch's t test over seeds. Both
   have seeds 1, 2, 3, ..., so where a seed helps both alike the interval is rather too wide. With
   the three seeds of MuJoCo only large effects show.
@@ -91,23 +97,35 @@ class Compared(NamedTuple):
     without: int  # runs that ended before any episode, which have no score
 
 
-def by_seed(rows: list[dict]) -> dict[int, list[dict]]:
+@functools.cache
+def read(path: Path) -> dict[int, dict[str, np.ndarray]]:
+    """A CSV of ablate.py, seed -> name -> steps and values [2, n]."""
     found = {}
-    for row in rows:
-        found.setdefault(int(row["seed"]), []).append(row)
-    return found
+    for line in gzip.decompress(path.read_bytes()).decode().splitlines()[1:]:
+        seed, step, name, value = line.split(",")
+        found.setdefault(int(seed), {}).setdefault(name, []).append((int(step), float(value)))
+    return {
+        seed: {name: np.array(pairs).T for name, pairs in run.items()}
+        for seed, run in found.items()
+    }
 
 
-def windows(task: str, rows: list[dict]) -> np.ndarray:
-    """Mean of a run in each fiftieth of the training; where no episode ended, as in the one before,
-    at the start as in the first one that has any. [50], empty if none has."""
-    settings = ablate.TASKS[task]
-    rows = [row for row in rows if row["name"] == settings.names[0]]
-    if not rows:
+def runs_of(task: str, ablation) -> dict[int, dict[str, np.ndarray]]:
+    _, path = ablate.files(task, ablation)
+    return read(path) if path.exists() else {}
+
+
+def measure(task: str) -> tuple:
+    return GOLD if ablate.TASKS[task].script == "ppo_rlhf.py" else RETURN
+
+
+def windows(task: str, run: dict, name: str) -> np.ndarray:
+    """Mean in each fiftieth of the training; where no episode ended, as in the one before, at the
+    start as in the first one that has any. [50], empty if none has."""
+    if name not in run:
         return np.zeros(0)
-    steps = np.array([int(row["global_step"]) for row in rows])
-    values = np.array([float(row["value"]) for row in rows])
-    where = np.ceil(steps * WINDOWS / settings.steps).astype(int) - 1
+    steps, values = run[name]
+    where = np.ceil(steps * WINDOWS / ablate.TASKS[task].steps).astype(int) - 1
     means, last = [], values[where == where[0]].mean()
     for window in range(WINDOWS):
         if (chosen := values[where == window]).size:
@@ -116,16 +134,14 @@ def windows(task: str, rows: list[dict]) -> np.ndarray:
     return np.array(means)
 
 
-def score(task: str, rows: list[dict]) -> Score | None:
-    """Of a run; None if it ended before any episode. One that ended early has what it had last."""
-    settings, curve = ablate.TASKS[task], windows(task, rows)
+def score(task: str, run: dict, what: tuple) -> Score | None:
+    """None if it ended before any episode. One that ended early has what it had last."""
+    (name, after), curve = what, windows(task, run, what[0])
     if not curve.size:
         return None
-    end = [float(row["value"]) for row in rows if row["name"] == HELD_OUT]
-    if HELD_OUT not in settings.names:
-        tail = [row for row in rows if int(row["global_step"]) > 0.9 * settings.steps]
-        end = [float(row["value"]) for row in tail]
-    return Score(float(np.mean(end or curve[-5:])), float(curve.mean()), float(curve[0]))
+    steps, values = run.get(after or name, np.zeros((2, 0)))
+    end = values[steps > 0.9 * ablate.TASKS[task].steps]
+    return Score(*(float(x.mean()) for x in (end if end.size else curve[-5:], curve, curve[:1])))
 
 
 def welch(unchanged: list[float], changed: list[float]) -> Difference:
@@ -142,26 +158,31 @@ def welch(unchanged: list[float], changed: list[float]) -> Difference:
     return Difference(*means, quantile * variance**0.5)
 
 
-def compare(task: str, ablation) -> Compared | None:
+def compare(task: str, ablation, what: tuple) -> Compared | None:
     """What is known; None if nothing is."""
     runs = ablate.stored(task, ablation)["runs"]
-    plain, rows = (by_seed(ablate.rows_of(task, x)) for x in (PLAIN, ablation))
-    ours, theirs = ([score(task, x) for x in found.values()] for found in (plain, rows))
+    plain, changed = (runs_of(task, x) for x in (PLAIN, ablation))
+    ours, theirs = ([score(task, x, what) for x in found.values()] for found in (plain, changed))
     ours, theirs = ([x for x in found if x] for found in (ours, theirs))
     if not ours or not theirs:
         return None
     end, area = (welch([x[i] for x in ours], [x[i] for x in theirs]) for i in (0, 1))
     gain = end.unchanged - float(np.mean([x.first for x in ours]))
-    if same := all(found == plain.get(seed) for seed, found in rows.items()):
+    if same := all(equal(run, plain.get(seed, {})) for seed, run in changed.items()):
         end, area = (Difference(x.changed, x.changed, 0.0, 0.0) for x in (end, area))
     stopped = sum(run["exit_code"] != 0 for run in runs)
     counts = len(runs), ablate.TASKS[task].seeds
     return Compared(task, *counts, end, area, gain, same, stopped, len(runs) - len(theirs))
 
 
+def equal(run: dict, other: dict) -> bool:
+    return run.keys() == other.keys() and all(np.array_equal(run[x], other[x]) for x in run)
+
+
 def everything() -> list[tuple]:
     """(ablation, [Compared of each of its tasks, or None])"""
-    return [(x, [compare(task, x) for task in x.tasks]) for x in ablate.ablations()[1:]]
+    found = ablate.ablations()[1:]
+    return [(x, [compare(task, x, measure(task)) for task in x.tasks]) for x in found]
 
 
 # ------------------------------------------------------------------------------------------------
@@ -265,7 +286,9 @@ def section(ablation, found: list[Compared | None]) -> list[str]:
     if there:
         lines += ["| task | seeds | end | unchanged | difference | area | unchanged | difference |"]
         lines += ["|---" * 8 + "|"]
-        for x in there:
+        proxies = [x for x in there if measure(x.task) == GOLD]
+        proxies = [compare(x.task, ablation, PROXY)._replace(task="its proxy") for x in proxies]
+        for x in there + proxies:
             cells = [x.task, x.seeds]
             for values in (x.end, x.area):
                 cells += [number(values.changed), number(values.unchanged), difference(values)]
@@ -292,7 +315,7 @@ def tasks_table() -> list[str]:
     """The tasks, and the unchanged script on them."""
     lines = ["| task | script | steps | unchanged: seeds | end | area |", "|---" * 6 + "|"]
     for name, task in ablate.TASKS.items():
-        found = [score(name, rows) for rows in by_seed(ablate.rows_of(name, PLAIN)).values()]
+        found = [score(name, run, measure(name)) for run in runs_of(name, PLAIN).values()]
         cells = [number(np.mean([x[i] for x in found])) if found else "" for i in (0, 1)]
         words = [f"[{task.script}](../{task.script})", f"`{task.flags}`" if task.flags else ""]
         words = " ".join(filter(None, words)) + (f": {task.about}" if task.about else "")
@@ -432,7 +455,7 @@ def curves(all_of_it: list[tuple], path: Path):
             label = f"{ablation.detail}: {ablation.instead[:34]}"
             axes.plot(steps, mean_curve(task, ablation), lw=1.4, label=label)
         axes.plot(steps, mean_curve(task, PLAIN), color="black", lw=2)
-        language = ablate.TASKS[task].script == "ppo_rlhf.py"
+        language = measure(task) == GOLD
         axes.set_xlabel("episodes" if language else "steps")
         axes.set_ylabel("true reward" if language else "return")
         axes.set_title(task, size=10)
@@ -445,7 +468,8 @@ def curves(all_of_it: list[tuple], path: Path):
 
 
 def mean_curve(task: str, ablation) -> np.ndarray:
-    found = [windows(task, rows) for rows in by_seed(ablate.rows_of(task, ablation)).values()]
+    name = measure(task)[0]
+    found = [windows(task, run, name) for run in runs_of(task, ablation).values()]
     return np.mean([curve for curve in found if curve.size], axis=0)
 
 

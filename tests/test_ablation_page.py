@@ -7,7 +7,7 @@ import pytest
 import make_ablation
 import make_details
 from conftest import ROOT
-from make_ablation import Compared, Difference, effect, percent, sentence, welch
+from make_ablation import RETURN, Compared, Difference, effect, percent, sentence, welch
 
 PAGE = (ROOT / "docs" / "ablation.md").read_text()
 EPISODE = "charts/episodic_return"
@@ -31,11 +31,9 @@ def test_interval_by_hand():
     assert welch([500] * 4, [500] * 2) == (500, 500, 0, 0)
 
 
-def rows(seed, values, name=EPISODE):
-    return [
-        {"seed": str(seed), "global_step": str(step), "name": name, "value": str(x)}
-        for step, x in values
-    ]
+def run_of(*pairs, name=EPISODE):
+    """What is kept of a run: pairs of steps and values."""
+    return {name: np.array(pairs, float).T}
 
 
 @pytest.fixture
@@ -45,24 +43,35 @@ def toy(monkeypatch):
 
 
 def test_windows_and_scores(toy):
-    found = rows(3, [(3, 5.0), (4, 7.0), (7, 2.0), (91, 10.0), (100, 20.0), (90, 99.0)])
-    curve = make_ablation.windows("Toy", found)
+    run = run_of((3, 5), (4, 7), (7, 2), (91, 10), (100, 20), (90, 99))
+    curve = make_ablation.windows("Toy", run, EPISODE)
     assert list(curve[:5]) == [6, 6, 6, 2, 2]
     assert list(curve[43:]) == [2, 99, 10, 10, 10, 10, 20]
-    assert make_ablation.score("Toy", found) == (15, curve.mean(), 6)
-    early = make_ablation.score("Toy", rows(3, [(2, 7.0), (7, 2.0)]))
+    assert make_ablation.score("Toy", run, RETURN) == (15, curve.mean(), 6)
+    early = make_ablation.score("Toy", run_of((2, 7), (7, 2)), RETURN)
     assert early == (2, pytest.approx((3 * 7 + 47 * 2) / 50), 7)
-    assert make_ablation.score("Toy", rows(3, [(2, 7.0)], "losses/x")) is None
+    assert make_ablation.score("Toy", run_of((2, 7), name="losses/x"), RETURN) is None
 
 
-def test_held_out_reward_is_the_end_of_language_models(monkeypatch):
-    task = ablate.Task("ppo_rlhf.py", "", 100, 2, "", ablate.SCORES)
-    monkeypatch.setitem(ablate.TASKS, "Toy", task)
-    found = rows(1, [(50, 1.0), (100, 3.0)], "gold/score") + rows(1, [(100, 9.0)], "objective/x")
-    assert make_ablation.score("Toy", found).end == pytest.approx((4 * 1 + 3) / 5)
-    found += rows(1, [(100, 2.5)], make_ablation.HELD_OUT)
-    assert make_ablation.score("Toy", found).end == 2.5
-    assert make_ablation.score("Toy", found).area == pytest.approx((49 * 1 + 3) / 50)
+@pytest.mark.parametrize("what", [make_ablation.GOLD, make_ablation.PROXY])
+def test_what_is_measured_after_training_is_the_end_of_language_models(toy, what):
+    name, after = what
+    run = {x: run_of((50, 9), (100, 9), name=x)[x] for x in ablate.SCORES if x not in what}
+    run |= run_of((50, 1), (100, 3), name=name)
+    assert make_ablation.score("Toy", run, what).end == pytest.approx((4 * 1 + 3) / 5)
+    run |= run_of((100, 2.5), name=after)
+    assert make_ablation.score("Toy", run, what).end == 2.5
+    assert make_ablation.score("Toy", run, what).area == pytest.approx((49 * 1 + 3) / 50)
+
+
+def test_read(toy, tmp_path, monkeypatch):
+    """What ablate.py keeps, as it keeps it."""
+    monkeypatch.setattr(ablate, "RESULTS", tmp_path)
+    kept = [(10, EPISODE, "7"), (10, "gold/score", "0.5"), (20, EPISODE, "8")]
+    ablate.keep("Toy", PLAIN, {"seed": 3}, kept, "")
+    (run,) = [make_ablation.runs_of("Toy", PLAIN)[3]]
+    assert run[EPISODE].tolist() == [[10, 20], [7, 8]]
+    assert run["gold/score"].tolist() == [[10], [0.5]]
 
 
 def compared(difference, half, same=False, gain=100.0, stopped=0, without=0):
@@ -125,21 +134,21 @@ def test_differences_have_the_digits_of_their_interval(x, expected):
 @pytest.fixture
 def kept(toy, monkeypatch):
     """Runs of ablations: detail -> rows of the table, exit codes."""
-    plain = rows(1, [(50, 1.0), (100, 2.0)]) + rows(2, [(50, 1.0), (100, 3.0)])
+    first, second = run_of((50, 1), (100, 2)), run_of((50, 1), (100, 3))
     known = {
-        ablate.UNCHANGED: (plain, [0, 0]),
-        "C12": (plain[:2], [0]),
-        "C3": (plain[:1] + rows(1, [(100, 2.1)]), [0]),
-        "C8": (rows(2, [(50, 1.0), (100, 1.5)]), [2, 0]),
-        "C9": ([], [2, 2]),
+        ablate.UNCHANGED: ({1: first, 2: second}, [0, 0]),
+        "C12": ({1: run_of((50, 1), (100, 2))}, [0]),
+        "C3": ({1: run_of((50, 1), (100, 2.1))}, [0]),
+        "C8": ({2: run_of((50, 1), (100, 1.5))}, [2, 0]),
+        "C9": ({}, [2, 2]),
     }
-    monkeypatch.setattr(ablate, "rows_of", lambda task, ablation: known[ablation.detail][0])
+    monkeypatch.setattr(make_ablation, "runs_of", lambda task, ablation: known[ablation.detail][0])
     runs = {k: {"runs": [{"exit_code": x} for x in codes]} for k, (_, codes) in known.items()}
     monkeypatch.setattr(ablate, "stored", lambda task, ablation: runs[ablation.detail])
 
 
 def of(detail):
-    return make_ablation.compare("Toy", ablate.Ablation(detail, detail, ("Toy",)))
+    return make_ablation.compare("Toy", ablate.Ablation(detail, detail, ("Toy",)), RETURN)
 
 
 def test_same_returns_are_compared_seed_by_seed(kept):
@@ -182,9 +191,9 @@ def test_every_detail_has_its_place_and_its_line():
         section = PAGE.split(f"\n{heading}\n")[1].split("\n### ")[0]
         missing = False
         for task in ablation.tasks:
-            runs, rows = ablate.stored(task, ablation)["runs"], ablate.rows_of(task, ablation)
-            assert (f"\n| {task} |" in section) == bool(rows and ablate.rows_of(task, PLAIN))
-            missing |= len(runs) < ablate.TASKS[task].seeds
+            both = [make_ablation.runs_of(task, x) for x in (PLAIN, ablation)]
+            assert (f"\n| {task} |" in section) == all(both)
+            missing |= len(ablate.stored(task, ablation)["runs"]) < ablate.TASKS[task].seeds
         assert (f"--only {ablation.detail}` goes on" in section.replace("'", "")) == missing
     details = (ROOT / "docs" / "details.md").read_text()
     tags = {ablation.detail for ablation in table} & make_details.table().keys()
