@@ -351,9 +351,10 @@ def summary(all_of_it: list[tuple]) -> list[str]:
 
 
 def order(pair) -> float:
-    """Most harm first; what is not known comes last."""
-    known = [percent(x)[0] for x in pair[1] if x and x.gain > 0]
-    return float(np.mean(known)) if known else np.inf
+    """Most harm first, by the tasks with intervals if there are any; what is not known last."""
+    found = [x for x in pair[1] if x and x.gain > 0]
+    known = [x for x in found if effect(x) != "unknown"] or found
+    return float(np.mean([percent(x)[0] for x in known])) if known else np.inf
 
 
 def by_tag(detail: str) -> tuple:
