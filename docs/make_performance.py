@@ -30,7 +30,7 @@ whole update, which torch 2.13 compiles, been seen there."""
 EPYC = """## On another processor, the scripts as they are
 
 The same programs on two cores of an AMD EPYC, which has bf16 but no units for matrices, at the
-commit below, each with the number of threads that suits it. The next two sections are of the same
+commits below, each with the number of threads that suits it. The next two sections are of the same
 machine, those after them of the first one. Atari gains less here: its update in fp32 is near the
 floor already, so is what it can be beside others that multiply the same matrices. `environments`
 beside its floor is the price of processes that sleep while the policy acts, and whose games have
