@@ -778,7 +778,7 @@ class Run:
         self.rank, self.ranks = rank_of()
         self.saved = {name: value for name, value in saved.items() if value is not None}
         self.checkpoint, self.wandb, self.signal = None, None, 0
-        self.rows, self.uploaded, self.sent, self.bar = [], set(), -1, tqdm(disable=True)
+        self.rows, self.handlers, self.sent, self.bar = [], {}, -1, tqdm(disable=True)
         data = {"iteration": 0, "seconds": 0.0, "last_returns": []}
         if path := args.resume or args.evaluate:
             data = self.restore(load_checkpoint(path))
@@ -807,7 +807,6 @@ class Run:
         how = {"initial": done, "unit": "step", "disable": self.rank > 0 or None}
         self.bar = tqdm(total=args.total_timesteps, **how)
         self.start_time, self.last_line = time.time() - data["seconds"], time.time()
-        self.handlers = {}
         with contextlib.suppress(ValueError):  # not the main thread
             for number in (signal.SIGINT, signal.SIGTERM):
                 self.handlers[number] = signal.signal(number, self.on_signal)
@@ -854,6 +853,7 @@ class Run:
     def film(self, folder: Path, names: list[str]):
         """Tell as many environments how the names of their videos begin."""
         self.videos = folder / "videos"
+        self.uploaded = set(self.videos.glob("*.mp4"))  # before the run was resumed
         if self.args.capture_video:
             self.videos.mkdir(exist_ok=True)
             films = [(f"{self.videos}/{name}", bool(self.args.evaluate)) for name in names]

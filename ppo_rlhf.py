@@ -1558,6 +1558,8 @@ def check_args(args: Args):
     data = load_checkpoint(path) if path else {"stage": 0, "numbers": {}}
     if args.resume and (args.group_size > 1) != (data["args"].get("group_size", 1) > 1):
         fail("--resume goes on with a value model or without, as the run began: --group-size")
+    if args.resume and data["stage"] > 2 and args.total_episodes > data["args"]["total_episodes"]:
+        fail(f"--resume {path}: ppo is over, no more --total-episodes; --load does it anew")
     if args.load and stages[0] == "sft":
         fail("--load brings what sft learns; leave sft out of --stages, or --load")
     learned = {"sft": data["stage"] > 0 or args.model}
@@ -1580,9 +1582,8 @@ def check_args(args: Args):
     for text in args.reward_fn:
         load_reward_function(text)
     _, ranks = rank_of()
-    for name in ("batch_size", "minibatch_size"):
-        if getattr(args, name) % ranks:
-            fail(f"{name} {getattr(args, name)} cannot be divided by the {ranks} ranks of torchrun")
+    if args.minibatch_size % ranks:
+        fail(f"minibatch_size {args.minibatch_size} cannot be divided by {ranks} ranks of torchrun")
     if args.fsdp and not (dist.is_initialized() or args.plan):
         fail("--fsdp needs torchrun: torchrun --nproc_per_node=2 ppo_rlhf.py --fsdp ...")
     if args.merge and not args.lora_rank:
@@ -1881,11 +1882,10 @@ class Run:
         code = 128 + self.signal if self.signal else 0
         if self.wandb:
             self.wandb.finish(exit_code=code)
+        say(f"written to {self.folder}")
         if code:
             start = "python" if self.ranks == 1 else f"torchrun --nproc_per_node={self.ranks}"
             say(f"to go on: {start} {sys.argv[0]} --resume '{self.folder}'")
-        say(f"written to {self.folder}")
-        if code:
             sys.exit(code)
 
 

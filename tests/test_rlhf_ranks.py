@@ -805,8 +805,8 @@ def test_x2_where_there_can_be_no_folder_all_end(tmp_path):
 @pytest.mark.parametrize(
     "ranks, changes, expected",
     [
-        (2, "--batch-size 9 --num-minibatches 1", "batch_size 9 cannot be divided by the 2 ranks"),
-        (2, "--batch-size 6", "minibatch_size 3 cannot be divided by the 2 ranks"),
+        (2, "--batch-size 9 --num-minibatches 1", "minibatch_size 9 cannot be divided by 2 ranks"),
+        (2, "--batch-size 6", "minibatch_size 3 cannot be divided by 2 ranks"),
         (2, "--batch-size 0", "--batch-size is 0, it must be at least 1"),
         (2, "--reward-fn none.py:none", "--reward-fn none.py:none: FileNotFoundError"),
         (2, "--model none --stages ppo", "--stages ppo of a --model needs --prompts"),

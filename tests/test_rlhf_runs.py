@@ -551,6 +551,15 @@ def test_resume_of_a_finished_run_changes_nothing(finished):
     assert same(*models)  # PPO is over: its value model is not kept
 
 
+def test_resume_of_a_finished_run_with_more_episodes(finished, capsys):
+    """Its value model is not kept, so PPO cannot go on."""
+    folder, more = finished.folder, str(TINY["total_episodes"] + 1)
+    line = error_line(capsys, parse, "--resume", folder, "--total-episodes", more)
+    expected = "ppo is over, no more --total-episodes; --load does it anew"
+    assert line == f"error: --resume {folder / 'checkpoint.pt'}: {expected}"
+    rlhf.check_args(rlhf.parse_args(["--load", str(folder), "--total-episodes", more]))
+
+
 def stopped_in_ppo(monkeypatch, **changes):
     """A run that was stopped after its second iteration of four."""
     with monkeypatch.context() as patch:
@@ -595,7 +604,7 @@ def test_signal_stops_after_the_step(number, code, functions, monkeypatch, tmp_p
     (path,) = tmp_path.glob(CHECKPOINTS)
     lines = [line for line in process.stdout.splitlines() if line.startswith("written to ")]
     assert lines == [f"written to {path.parent.relative_to(tmp_path)}"]
-    assert process.stdout.splitlines()[-1:] == lines
+    assert process.stdout.splitlines()[-2:-1] == lines  # and how to go on
     data = checkpoint(path.parent)
     assert (data["stage"], data["step"]) == (2, 2)
     assert values(path.parent, "ppo/episode") == [8, 16]
@@ -652,7 +661,7 @@ def test_signal_between_steps(function, stage, step, monkeypatch, capsys):
     data = checkpoint(run.folder)
     assert (data["stage"], data["step"]) == (stage, step)
     output = capsys.readouterr()
-    assert output.out.splitlines()[-1] == f"written to {run.folder.relative_to(Path.cwd())}"
+    assert output.out.splitlines()[-2] == f"written to {run.folder.relative_to(Path.cwd())}"
     assert output.out.count("written to") == 1
 
 

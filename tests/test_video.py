@@ -149,7 +149,7 @@ def test_nothing_is_filmed_otherwise(monkeypatch):
 
 
 def test_videos_go_to_wandb(monkeypatch):
-    """Each once, with the step at which it was complete."""
+    """Each once, with the step at which it was complete, also by a run that is resumed."""
     sent = []
     run = SimpleNamespace(
         id="abc", log=sent.append, finish=lambda **kw: None, define_metric=lambda *a, **kw: None
@@ -166,3 +166,9 @@ def test_videos_go_to_wandb(monkeypatch):
         for row, k in zip(rows, names, strict=True)
     )
     assert all(0 < row["global_step"] <= 64 for row in rows)
+    sent.clear()
+    (folder,) = [path.parent for path in Path().glob("runs/**/checkpoint.pt")]
+    flags = ["--resume", str(folder), "--total-timesteps", "128", "--capture-video", "--track"]
+    ppo_discrete.train(ppo_discrete.parse_args(flags))
+    names = [key for row in sent for key, x in row.items() if hasattr(x, "path")]
+    assert sorted(names) == ["step-64-game-0", "step-64-game-1"]
