@@ -4,10 +4,10 @@
     python ppo_rlhf.py --model M --sft-data S.jsonl --pref-data P.jsonl --prompts Q.jsonl
 
 Supervised fine-tuning (SFT) -> pairs of its samples -> reward model (RM) -> PPO against it, on a
-task small enough for two minutes on a laptop; nothing is downloaded. Who prefers which sample is
+task small enough for three minutes on one core; nothing is downloaded. Who prefers which sample is
 told by a hidden program, the gold reward: PPO never sees it, but every table shows it beside the
 reward model's score, the proxy. With --kl-coef 0 the proxy goes up and the gold reward down.
-With --model, the same stages for a model of Hugging Face and texts of yours (docs/rlhf.md).
+With --model, the same stages for a model of Hugging Face and your texts (docs/language_models.md).
 A tag such as [H44] marks the line that implements a detail; docs/details.md explains each.
 
 Notation, used without exception below

@@ -569,7 +569,8 @@ def page(folder: Path) -> str:
     for origin in json.loads((folder / "speed.json").read_text()).values():
         versions = ", ".join(f"{k} {v}" for k, v in origin["versions"].items() if v)
         commits = ", ".join(f"{k} {short(v)}" for k, v in origin["commits"].items())
-        lines += [f"- `{origin['command']}`, {origin['date']}: {origin['cpus']} CPUs,"]
+        note = f" ({origin['note']})" if "note" in origin else ""  # by hand
+        lines += [f"- `{origin['command']}`{note}, {origin['date']}: {origin['cpus']} CPUs,"]
         lines += [f"  {origin['cpu']}, {versions}; {commits}"]
     return "\n".join(lines) + "\n"
 

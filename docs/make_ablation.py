@@ -58,7 +58,7 @@ may be needed elsewhere.
 
 Nothing is corrected for the number of comparisons: of the {n} intervals of the table below,
 {chance} would leave out zero if no detail mattered; {found} do. All of a task share the unchanged
-runs.
+runs; where every return is the same, "unchanged" is of the same seeds only.
 
 `python benchmarks/ablate.py` runs what is missing, [ablations.toml](../benchmarks/ablations.toml)
 has all that it does, [results/ablation](results/ablation) what came out, with command, commit and
@@ -370,7 +370,10 @@ def progress() -> str:
         ablate.TASKS[task].seeds * (1 + (ablation.detail == ablate.UNCHANGED))
         for task, ablation in pairs
     )
-    return f"{there:,} of {wanted:,} runs are there."
+    unchanged = ablate.ablations()[0]
+    without = [task for task in ablate.TASKS if not ablate.stored(task, unchanged)["runs"]]
+    absent = f" Nothing has run yet of {', '.join(without)}." if without else ""
+    return f"{there:,} of {wanted:,} runs are there.{absent}"
 
 
 def page(all_of_it: list[tuple]) -> str:

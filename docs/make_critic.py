@@ -109,6 +109,7 @@ def critic(groups):
             command = command.replace("\n", "\\n")
             lines += [f"{method}, seeds {those(group)}: `python {command}`; commit {commits}.", ""]
         lines += [f"![{title}](results/critic/{task}.png)", ""]
+    lines += ["After ±: half of the 95 % interval, by Student's t over seeds.", ""]
     machines = "; ".join(sorted({x["machine"] for group in groups.values() for x, _ in group}))
     return [*lines, f"Machine: {machines}; other work ran on the same cores.", ""]
 

@@ -130,8 +130,8 @@ def introduction(details: dict[str, dict]) -> str:
     others = [tag for tag in details if tag not in ours and tag[0] != "H"]
     text += f".\nNot counted among them: {', '.join(others)}.\n" if others else ".\n"
     rlhf = [tag for tag in details if tag[0] == "H"]
-    text += f"Of RLHF, {rlhf[0]} to {rlhf[-1]}, there are the {len(rlhf)} that apply.\n"
-    text += "[mutations.md](mutations.md) says what a mutant is and lists those that survived.\n"
+    text += f"Those of RLHF have numbers of our own, {len(rlhf)} of {rlhf[0]} to {rlhf[-1]}.\n"
+    text += "[mutations.md](mutations.md) says what a mutant is, of which commit, and what survived.\n"
     return text
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from make_rlhf import table
+from make_rlhf import short, table
 
 DOCS = Path(__file__).parent
 PAGE = DOCS / "larger_models.md"
@@ -30,9 +30,9 @@ def source(origin):
     versions = ", ".join(
         f"{name} {version}" for name, version in origin["versions"].items() if version
     )
-    commit = origin.get("commit") or origin["commits"]["ours"]
+    commit = short(origin.get("commit") or origin["commits"]["ours"])
     machine = f"{origin['cpus']} CPUs, {origin['cpu']}"
-    return f"`{origin['command']}`, {origin['date']}, {machine}, {versions}; commit {commit[:12]}."
+    return f"`{origin['command']}`, {origin['date']}, {machine}, {versions}; commit {commit}."
 
 
 def memory():

@@ -23,7 +23,8 @@ def classic(axis, runs, env_id, changes):
     axis.plot(steps, make_results.iqm(curves.T), "C0")
     if len(curves) > 2:
         axis.fill_between(steps, *make_results.interval(curves, 2000), alpha=0.25, lw=0)
-    axis.set(title=env_id.removesuffix("NoFrameskip-v4"), xlabel="million steps")
+    of = " of 10" if "NoFrameskip" in env_id else ""  # where the references end
+    axis.set(title=env_id.removesuffix("NoFrameskip-v4"), xlabel=f"million steps{of}")
 
 
 def language(axis, runs):

@@ -27,21 +27,21 @@ medians, and ratios mean more than steps per second."""
 NO_GPU = """Nothing here is of a GPU yet: none of it has been seen on one, nor has the graph of the
 whole update, which torch 2.13 compiles, been seen there."""
 
-EPYC = """## On another processor, the scripts as they are
+EPYC = """## On another processor, at later commits
 
 The same programs on two cores of an AMD EPYC, which has bf16 but no units for matrices, at the
 commits below, each with the number of threads that suits it. The next two sections are of the same
 machine, those after them of the first one. Atari gains less here: its update in fp32 is near the
-floor already, so is what it can be beside others that multiply the same matrices. `environments`
-beside its floor is the price of processes that sleep while the policy acts, and whose games have
-left the caches when they wake; acting beside its floor is that of eight observations at a time,
-for which all weights are read anew."""
+floor already, so is what it can be beside others that multiply the same matrices."""
 
 PHASES = """## Where the time goes
 
 `python benchmarks/phases.py` ([raw data](results/phases.csv)): median milliseconds of an iteration
 spent in each phase. The floor, in brackets: stepping the environments with random actions and
-nothing else, and the multiplications of a phase at the rate of one large matrix product."""
+nothing else, and the multiplications of a phase at the rate of one large matrix product. In Atari,
+`environments` beside its floor is the price of processes that sleep while the policy acts, and
+whose games have left the caches when they wake; acting beside its floor is that of eight
+observations at a time, for which all weights are read anew."""
 
 VARIANTS = """## What it is due to
 

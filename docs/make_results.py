@@ -92,10 +92,10 @@ Made from the runs in [results/](results), which hold every episode. What the co
 - **score**: the mean return of the last 100 training episodes of a run, played by the policy while
   it still learns, as everywhere in the field; then mean and standard deviation over seeds, as
   CleanRL counts them (population, [C7](details.md#c7) uses the same).
-- **IQM**: the mean of the middle half of the seeds (of 5 the middle 3, of 10 the middle 6), with a
-  95 % bootstrap interval, as [rliable](https://arxiv.org/abs/2108.13264) defines both: percentiles
-  of 50,000 resamples of the seeds. Of five seeds it is wide, and still rather too narrow than too
-  wide.
+- **IQM**: the mean of the middle half of the seeds (of 3 all, of 5 the middle 3, of 10 the middle
+  6), with a 95 % bootstrap interval, as [rliable](https://arxiv.org/abs/2108.13264) defines both:
+  percentiles of 50,000 resamples of the seeds. Of five seeds it is wide, and still rather too
+  narrow than too wide.
 - **evaluated**: the same from 100 games of each trained policy, played by `--evaluate` with new
   environment seeds.
 - **lowest seed**: with the least score that a test asks of every seed, where it asks for one.
@@ -109,7 +109,8 @@ Made from the runs in [results/](results), which hold every episode. What the co
   [own table](https://github.com/openai/baselines/blob/ea25b9e8b234e6ee1bca43083f8f3cf974143998/benchmarks_mujoco1M.htm)
   where no deviation is given.
 - **minutes**: median of the runs, on one thread, beside another one and other work: no benchmark,
-  that is on [performance.md](performance.md).
+  that is on [performance.md](performance.md). Of a run that was resumed there are none, it has
+  waited.
 
 Curves are the IQM over seeds in windows of a fiftieth of the training with its interval, or each
 seed where there are two. Dashed: CleanRL's published mean."""
@@ -249,6 +250,11 @@ def is_stopped(config):
     return config.get("steps", planned) < planned
 
 
+def is_resumed(runs):
+    """Whether one was interrupted and waited, so that its minutes say nothing."""
+    return any("resumed" in config for config, _ in runs)
+
+
 def select(runs, env_id, changes):
     """The runs of a group."""
     wanted = {"env_id": env_id} | changes
@@ -301,6 +307,7 @@ def cells_of(group, runs, peers):
     low, high = interval(scores)
     stopped = [f"{config['steps']:,}" for config, _ in runs if is_stopped(config)]
     here = [last_100(metrics) for _, metrics in select(peers, group.env_id, {})]
+    durations = [metrics["seconds"][1][-1] for _, metrics in runs]
     return (
         name_of(group) + (f", stopped after {' and '.join(stopped)} steps" if stopped else ""),
         seeds_of(runs),
@@ -311,7 +318,7 @@ def cells_of(group, runs, peers):
         published(group.cleanrl),
         f"{spread(here)} ({len(here)})" if here else "",
         published(group.baselines),
-        f"{np.median([metrics['seconds'][1][-1] for _, metrics in runs]) / 60:.1f}",
+        "" if is_resumed(runs) else f"{np.median(durations) / 60:.1f}",
     )
 
 
@@ -408,11 +415,12 @@ def curve(config, metrics):
 
 
 def draw(axes, runs, color, label):
-    """The IQM over seeds with its interval, against steps and against minutes."""
+    """The IQM over seeds with its interval, against steps and, if none was resumed, minutes."""
     curves = np.array([curve(*run)[1] for run in runs])
     steps = curve(*runs[0])[0]
     seconds = [np.interp(steps, *metrics["seconds"], right=np.nan) for _, metrics in runs]
-    for axis, x in zip(axes, (steps, np.median(seconds, 0) / 60), strict=True):
+    pairs = zip(axes, (steps, np.median(seconds, 0) / 60), strict=True)
+    for axis, x in [*pairs][: 1 if is_resumed(runs) else 2]:
         axis.plot(x, iqm(curves.T), color, lw=1.5, label=label)
         if len(runs) > 2:
             axis.fill_between(x, *interval(curves, 2000), color=color, alpha=0.25, lw=0)
@@ -447,6 +455,8 @@ def plot(section, runs, peers):
                 axes[0].axhline(group.cleanrl[0], color="0.6", lw=0.8, ls="--", zorder=0)
         if here := select(peers, task, {}):
             draw(axes, here, "C7", "CleanRL")
+        if not axes[1].lines:
+            axes[1].set_axis_off()
         if len(axes[0].lines) > 2 and len(axes[0].get_legend_handles_labels()[1]) > 1:
             axes[0].legend(frameon=False, fontsize="small")
     figure.savefig(RESULTS / picture(section), dpi=100, metadata={"Software": None})

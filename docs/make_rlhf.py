@@ -205,9 +205,14 @@ def speed(rows, origin):
     ]
     lines += ["the smaller our lead: TRL runs all columns."]
     versions = ", ".join(f"{k} {v}" for k, v in origin["versions"].items() if v)
-    commits = ", ".join(f"{k} {v[:12]}" for k, v in origin["commits"].items() if v)
+    commits = ", ".join(f"{k} {short(v)}" for k, v in origin["commits"].items() if v)
     lines += [f"Command: `{origin['command']}`, {origin['date']}, {origin['cpus']} CPUs,"]
     return [*lines, f"{origin['cpu']}, {versions}; {commits}.", ""]
+
+
+def short(commit):
+    """Its first digits, and whether files had been changed since."""
+    return commit[:12] + "-dirty" * commit.endswith("-dirty")
 
 
 def page(runs):

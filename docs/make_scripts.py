@@ -221,11 +221,12 @@ def classic_results(script: str) -> list[str]:
     for section in make_results.SECTIONS:
         if rows := make_results.table(section, own, peers):
             picture = f"![{section}](results/{make_results.picture(section)})"
-            lines += [f"### {section}", "", *rows, "", picture, ""]
+            text = make_results.TEXTS[section]
+            lines += [f"### {section}", "", text, "", *rows, "", picture, ""]
     lines += [
         "The page of [results](results.md) says what the columns and curves are, and has every"
     ]
-    lines += ["run with its command."]
+    lines += ["finished run with its command."]
     return lines
 
 

@@ -146,6 +146,11 @@ def test_speeds_are_those_of_the_page():
     pair = [re.search(rf"\n\| {x} \| 1 \| \d+ \| (\d+) ", page)[1] for x in ("ours", "TRL")]
     (cells,) = re.findall(r"(?m)^\| episodes/s, .*?\|(.*)\|$", README)
     assert re.findall(r" (\d\d+)", cells) == pair
+    page = (
+        (ROOT / "docs" / "larger_models.md").read_text().split("\n## An iteration beside TRL\n")[1]
+    )
+    pair = [re.search(rf"\n\| {x} \| 1 \| ([\d.]+) ", page)[1] for x in ("ours", "TRL")]
+    assert re.findall(r" (0\.\d+)", cells) == pair
 
 
 def test_fits_on_a_screen_and_a_half():
