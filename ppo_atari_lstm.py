@@ -33,10 +33,12 @@ References
 #   "wandb==0.31.0"]
 # ///
 
+import atexit
 import contextlib
 import copy
 import dataclasses
 import functools
+import io
 import json
 import os
 import re
@@ -44,6 +46,7 @@ import signal
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Annotated, Literal, get_args, get_type_hints
 
 import ale_py
@@ -154,7 +157,7 @@ class AtariPreprocessing(gym.Wrapper):
 
     def start_life(self, **kwargs):
         self.skip(0)  # [A3] a lost life continues the same game, one no-op later
-        if self.game_over:
+        if self.game_over or kwargs.get("seed") is not None:
             self.start_game(**kwargs)
             for _ in range(self.unwrapped.np_random.integers(1, 31)):  # [A1] 1 to 30 no-ops
                 self.act(0)
@@ -274,7 +277,7 @@ class Agent(nn.Module):
         """The policy as it is now, a function obs [N, 84, 84, 1], starts [N], state
         -> sampled actions [N], state after obs
         """
-        frozen = copy.deepcopy(self)
+        frozen = copy.deepcopy(self).float()  # which lays an LSTM's weights out as cuDNN wants
         frozen.torso.to(torch.bfloat16 if self.bf16 else torch.float32)  # cast once, not every time
 
         def act(obs, starts, state):
@@ -707,8 +710,6 @@ class Processes(gym.vector.AsyncVectorEnv):
     """A process for each environment. One that raises, hangs or dies ends the run."""
 
     def __init__(self, make_envs, timeout, **how):
-        import atexit
-
         self.timeout, self.steps, self.parent_pipes, self.processes = timeout, 0, [], []
         atexit.register(self.close)  # or multiprocessing waits for the processes for ever
         try:
@@ -721,17 +722,23 @@ class Processes(gym.vector.AsyncVectorEnv):
             with contextlib.suppress(AttributeError, OSError):
                 os.sched_setscheduler(process.pid, os.SCHED_BATCH, os.sched_param(0))
 
+    def reset(self, **kwargs):
+        return self.answers_to(super().reset, **kwargs)
+
     def step(self, actions):
         self.steps += 1
+        return self.answers_to(super().step, actions)
+
+    def answers_to(self, question, *args, **kwargs):
         try:
-            return super().step(actions)
+            return question(*args, **kwargs)
         except (EOFError, ConnectionError):
             dead = [i for i, x in enumerate(self.processes) if x.join(0.1) or not x.is_alive()]
             what = f"its process has ended, exit code {self.processes[dead[0]].exitcode}"
             raise gym.error.Error(f"environment {dead[0]}, step {self.steps}: {what}") from None
 
     def _poll_pipe_envs(self, timeout=None):
-        end = time.monotonic() + self.timeout
+        end = time.monotonic() + min(self.timeout, 1e6)
         for i, pipe in enumerate(self.parent_pipes):
             if not pipe.poll(max(0.0, end - time.monotonic())):
                 what = f"no answer in {self.timeout:g} seconds, --env-timeout"
@@ -743,7 +750,7 @@ class Processes(gym.vector.AsyncVectorEnv):
         for pipe in self.parent_pipes:
             with contextlib.suppress(OSError, AttributeError):
                 pipe.send(("close", None))
-        for process in self.processes:
+        for process in [x for x in self.processes if x.pid]:  # those that were started
             process.join(1)
             process.kill()
             process.join()
@@ -834,10 +841,10 @@ class Run:
             self.folder, self.name = self.checkpoint.parent, data["name"]
             self.metrics, self.bytes = self.folder / "metrics.csv", data["metrics_bytes"]
             rows = self.metrics.read_text().splitlines()[1:]
-            self.sent = max((int(row.partition(",")[0]) for row in rows), default=-1)
-            os.truncate(self.metrics, self.bytes)  # nothing stands twice
             old = json.loads((self.folder / "config.json").read_text())
-            text = old | {"resumed": [*old.get("resumed", []), text]}
+            self.sent = max([old.get("sent", -1), *(int(row.partition(",")[0]) for row in rows)])
+            os.truncate(self.metrics, self.bytes)  # nothing stands twice
+            text = old | {"resumed": [*old.get("resumed", []), text], "sent": self.sent}
         else:
             for now in range(int(time.time()), sys.maxsize):  # never a folder that exists
                 self.name = f"{args.env_id}__{args.exp_name}__{args.seed}__{now}"
@@ -877,10 +884,10 @@ class Run:
         for step, _, row in self.rows:
             if self.wandb and step > self.sent:  # not before the run was resumed
                 self.wandb.log({"global_step": step} | row)
-        for path in set(self.videos.glob("*[0-9].mp4")) - self.uploaded if self.wandb else ():
-            video = sys.modules["wandb"].Video(str(path))
-            self.wandb.log({"global_step": step, path.stem: video})
-            self.uploaded.add(path)
+        for x in {*self.videos.glob("*[0-9].mp4")} - self.uploaded if self.wandb and rows else ():
+            video = sys.modules["wandb"].Video(str(x))
+            self.wandb.log({"global_step": step, x.stem: video})
+            self.uploaded.add(x)
 
     def log_episodes(self, global_step: int, info: dict):
         """Return and length of each episode that ended with this step, in the order of the envs."""
@@ -912,7 +919,7 @@ class Run:
         speed = int(global_step / (time.time() - self.start_time))
         metrics = {k: float(x) for k, x in metrics.items() if x is not None}
         ranks = of_all_ranks((self.signal, self.rows, metrics))
-        self.signal = max(signal for signal, _, _ in ranks)
+        asked = max(number for number, _, _ in ranks)  # a signal that comes now: next time
         self.rows = sorted((row for _, rows, _ in ranks for row in rows), key=lambda row: row[0])
         returns = [row["charts/episodic_return"] for _, _, row in self.rows]
         self.last_returns = [*self.last_returns, *returns][-100:]
@@ -932,17 +939,15 @@ class Run:
             steps = f"{global_step:,} of {self.args.total_timesteps:,} steps"
             say(f"{steps}, {words}, {speed:,} steps/s")
             self.last_line = time.time()
-        if last or self.signal or iteration % self.args.checkpoint_every == 0:
+        if last or asked or iteration % self.args.checkpoint_every == 0:
             if self.rank == 0:
                 self.save_checkpoint(iteration)
             self.checkpoint = self.folder / "checkpoint.pt"
-        if self.signal:
-            self.close()
+        if asked:
+            self.close(asked)
 
     def save_checkpoint(self, iteration: int):
         """Atomic: whatever happens meanwhile, a complete checkpoint is there under its name."""
-        import io
-
         args = {k: v for k, v in vars(self.args).items() if k not in OF_ONE_COMMAND}
         data = {"version": 1, "name": self.name, "iteration": iteration, "args": args}
         data |= {"seconds": time.time() - self.start_time, "last_returns": self.last_returns}
@@ -958,8 +963,6 @@ class Run:
 
     def evaluate(self):
         """Whole games with what was saved, nothing is learned: a table, and eval.csv beside it."""
-        from types import SimpleNamespace
-
         N, E, envs = self.args.num_envs, self.args.eval_episodes, self.envs
         for name in {"obs_rms", "return_rms"} & vars(envs).keys():  # they stay as they are
             getattr(envs, name).update = lambda batch: None
@@ -991,13 +994,13 @@ class Run:
             say(f"{name:7}", *(f"{number.__name__} {number(x):.2f}" for number in numbers))
         envs.close()
 
-    def close(self):
-        """The end of a run, its exit code the signal, if one asked for it."""
+    def close(self, number=0):
+        """The end of a run, its exit code that of the signal, if one asked for it."""
         if self.args.evaluate:
             return self.evaluate()
         self.envs.close()
         self.bar.close()
-        code = 128 + self.signal if self.signal else 0
+        code = 128 + number if number else 0
         if self.wandb:
             self.wandb.finish(exit_code=code)
         for number, handler in self.handlers.items():
@@ -1038,10 +1041,10 @@ def origin(device: torch.device) -> dict:
 if __name__ == "__main__":
     sys.path.insert(1, os.getcwd())  # --env-id module:id may be here
     if dist.is_torchelastic_launched():  # torchrun
-        dist.init_process_group()
+        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
         sys.stdout = open(os.devnull, "w") if dist.get_rank() > 0 else sys.stdout
-        if torch.cuda.is_available():
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        if (local := int(os.environ["LOCAL_RANK"])) < torch.cuda.device_count():
+            torch.cuda.set_device(local)
     check_args(args := parse_args(sys.argv[1:]))
     try:
         train(args)
@@ -1054,4 +1057,4 @@ if __name__ == "__main__":
             raise
         Run.now.stop("another rank has ended")
     except OSError as error:  # a disk is full, a folder has gone
-        Run.now.stop(f"{Run.now.folder} cannot be written to: {error}")
+        Run.now.stop(f"{Run.now.folder} cannot be written to: {error}") if Run.now else fail(error)

@@ -2091,10 +2091,10 @@ def origin(device: torch.device) -> dict:
 
 if __name__ == "__main__":
     if dist.is_torchelastic_launched():  # torchrun
-        dist.init_process_group()
+        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
         sys.stdout = open(os.devnull, "w") if dist.get_rank() > 0 else sys.stdout
-        if torch.cuda.is_available():
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        if (local := int(os.environ["LOCAL_RANK"])) < torch.cuda.device_count():
+            torch.cuda.set_device(local)
     check_args(args := parse_args(sys.argv[1:]))
     try:
         (plan if args.plan else train)(args)

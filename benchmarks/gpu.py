@@ -107,8 +107,7 @@ EQUAL = """    weights = torch.cat([x.detach().flatten().cpu() for x in agent.pa
 """
 GLOO = [  # NCCL wants a GPU for each rank
     (END, EQUAL + END),  # or the run fails
-    ("dist.init_process_group()", 'dist.init_process_group("gloo")'),
-    ('torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))', "torch.cuda.set_device(0)"),
+    ('"cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"', '"gloo"'),
 ]
 
 

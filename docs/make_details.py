@@ -131,7 +131,7 @@ def introduction(details: dict[str, dict]) -> str:
     text += f".\nNot counted among them: {', '.join(others)}.\n" if others else ".\n"
     rlhf = [tag for tag in details if tag[0] == "H"]
     text += f"Those of RLHF have numbers of our own, {len(rlhf)} of {rlhf[0]} to {rlhf[-1]}.\n"
-    text += "[mutations.md](mutations.md) says what a mutant is, of which commit, and what survived.\n"
+    text += "[mutations.md](mutations.md): what a mutant is, of which commit, and what survived.\n"
     return text
 
 

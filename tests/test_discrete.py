@@ -257,6 +257,24 @@ def test_x4_a_wrong_mask_ends_the_run_when_it_comes(masks, step, message, by_met
     assert env.env.steps == step
 
 
+@pytest.mark.parametrize("by_method", [False, True])
+def test_x4_where_an_episode_ends_nothing_need_be_valid(by_method):
+    """As on a board that is full: nobody acts on the last observation."""
+    masks = [ALL_FIVE, ALL_FIVE, np.zeros(5)]  # every third is that of an end
+    env_id = made(masks=masks, by_method=by_method, length=2)
+    conftest.train(ppo_discrete, env_id=env_id, num_envs=1, total_timesteps=48)
+    assert [name for *_, name, _ in metrics()].count("charts/episodic_return") == 24
+
+
+def test_x4_a_method_that_raises_is_a_fault_of_the_environment(capsys):
+    env = Choices()
+    env.action_masks = lambda: {}["mask"]
+    message = r"^Choices-v0, environment 0, step 0: KeyError: 'mask'$"
+    with pytest.raises(gym.error.Error, match=message):
+        chosen(env).reset(seed=0)
+    assert "Traceback" in capsys.readouterr().err
+
+
 def test_x4_switches_have_two_choices_each_in_a_mask():
     env = Choices(masks=[np.array([1, 0, 0, 1, 1, 1])])
     env.action_space = gym.spaces.MultiBinary(3)

@@ -533,6 +533,16 @@ def test_rollout_policy_samples_from_the_distribution_of_forward():
     assert np.bincount(actions).min() > draws / 6  # uniform: it kept the weights of its time
 
 
+def test_rollout_policy_has_its_weights_laid_out_for_cudnn(monkeypatch):
+    """A copy has them in four places, for which cuDNN puts them together at every step."""
+    agent, flattened = new_agent(), []
+    monkeypatch.setattr(nn.LSTM, "flatten_parameters", lambda x: flattened.append(x))
+    agent.rollout_policy(np.random.default_rng(0))
+    (copied,) = flattened
+    assert copied is not agent.lstm
+    assert torch.equal(copied.weight_hh_l0, agent.lstm.weight_hh_l0)
+
+
 def test_rollout_policy_carries_the_state_and_leaves_agent_and_state_alone():
     agent, obs = remember(new_agent()), pictures(5, 3)
     starts = torch.zeros(5, 3)

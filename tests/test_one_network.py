@@ -1,11 +1,13 @@
 """What acts in numpy is what is trained, however the script is edited."""
 
+import importlib
 import sys
 import types
 
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from conftest import ROOT, far_from_initial, train
 
@@ -58,6 +60,21 @@ def edited(script, replacements, start, end):
     module.__file__ = str(ROOT / f"ppo_{script}.py")
     text = (text[:a] + part + text[b:]).replace("self.critic =", MORE)
     return module, text
+
+
+@pytest.mark.parametrize("script", ["discrete", "continuous"])
+def test_a_layer_gets_its_input_where_its_weights_are(script):
+    class Layer(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.empty(0, device="meta"))
+
+        def forward(self, x):
+            assert x.device.type == "meta"
+            return torch.ones(x.shape)
+
+    act = importlib.import_module(f"ppo_{script}").in_numpy(nn.Sequential(nn.Tanh(), Layer()))
+    np.testing.assert_array_equal(act(np.zeros((3, 2), np.float32)), np.ones((3, 2)))
 
 
 class Noise:

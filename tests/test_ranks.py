@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import re
+import runpy
 import signal
 import subprocess
 import sys
@@ -27,6 +28,28 @@ SCRIPTS = {
     "atari_lstm": (ppo_atari_lstm, {"env_id": "PongNoFrameskip-v4", "num_envs": 4}),
 }
 each_script = pytest.mark.parametrize("name", SCRIPTS)
+
+
+@pytest.mark.parametrize("name", [*SCRIPTS, "rlhf"])
+@pytest.mark.parametrize("gpus, device", [(0, None), (1, None), (2, 1), (8, 1)])
+def test_what_is_on_the_cpu_can_be_exchanged_too(name, gpus, device, monkeypatch):
+    """Where there are GPUs torch takes NCCL alone, unless it is told; rank 1 takes its own GPU."""
+    found, devices = [], []
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.setattr(dist, "is_torchelastic_launched", lambda: True)
+    monkeypatch.setattr(dist, "init_process_group", lambda *args: found.extend(args))
+    monkeypatch.setattr(dist, "get_rank", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.setattr(torch.cuda, "set_device", devices.append)
+    monkeypatch.setattr(sys, "argv", [f"ppo_{name}.py", "--help"])
+    with pytest.raises(SystemExit):
+        runpy.run_path(str(ROOT / f"ppo_{name}.py"), run_name="__main__")
+    backends = dist.distributed_c10d.BackendConfig(dist.Backend(*found)).get_device_backend_map()
+    assert backends["cpu"] == "gloo"
+    assert backends["cuda"] == ("nccl" if gpus else "gloo")
+    assert devices == ([] if device is None else [device])
 
 
 def one_rank(function, rank, args):

@@ -1,5 +1,6 @@
 """Runs that are stopped, killed and broken go on where the last checkpoint was."""
 
+import functools
 import itertools
 import json
 import os
@@ -498,6 +499,24 @@ def test_a_signal_to_all_is_for_the_process_that_learns(number):
     assert [process.exitcode for process in processes] == [0, 0]
 
 
+def test_a_signal_while_ranks_exchange_what_they_have_is_not_lost(monkeypatch):
+    """It counts in the next iteration."""
+    iterations, of_all_ranks = [], ppo_discrete.of_all_ranks
+
+    def exchange(x):
+        if isinstance(x, tuple):  # at the end of an iteration
+            iterations.append(x[0])
+            if len(iterations) == 3:
+                signal.raise_signal(signal.SIGTERM)
+        return of_all_ranks(x)
+
+    monkeypatch.setattr(ppo_discrete, "of_all_ranks", exchange)
+    with pytest.raises(SystemExit) as ended:
+        train("discrete")
+    assert ended.value.code == 143
+    assert iterations == [0, 0, 0, 15]
+
+
 def test_handlers_are_as_they_were():
     before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
     train("discrete")
@@ -552,6 +571,39 @@ def test_an_environment_that_fails_ends_the_run(name):
     assert line.endswith(f"; last good checkpoint: {saved}")
     assert bool(before) == (name == "raises")
     assert children(process) == []
+
+
+def test_an_environment_that_dies_before_its_first_observation():
+    source = FAULT.format(what="pass").replace(
+        "        super().reset(seed=seed)\n",
+        "        super().reset(seed=seed)\n        import multiprocessing\n"
+        "        if multiprocessing.parent_process():\n            os._exit(4)\n",
+    )
+    Path("fault.py").write_text(source)
+    process = start("--env-id", "fault:Fault-v0", "--vectorization", "async")
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 2
+    words = "environment [01], step 0: its process has ended, exit code 4"
+    assert re.fullmatch(f"error: {words}; last good checkpoint: none yet\n", stderr)
+    assert children(process) == []
+
+
+def test_more_processes_than_files_may_be_open():
+    """One line, although there is no run yet that could stop."""
+    flags = ["--vectorization", "async", "--num-envs", "64"]
+    limit = functools.partial(resource.setrlimit, resource.RLIMIT_NOFILE, (90, 90))
+    process = start(*flags, preexec_fn=limit)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 2
+    assert stderr == "error: [Errno 24] Too many open files\n"
+    assert children(process) == []
+
+
+def test_no_time_limit_for_a_step():
+    settings = {"env_id": "CartPole-v1", "num_envs": 1, "vectorization": "async"}
+    envs = ppo_discrete.make_envs(ppo_discrete.Args(**settings, env_timeout=np.inf))
+    assert envs.reset(seed=[1])[0].shape == (1, 6)
+    envs.close()
 
 
 def test_an_environment_that_cannot_be_made_in_its_process():
@@ -641,6 +693,8 @@ def test_a_wandb_run_goes_on_and_no_curve_runs_back(monkeypatch):
         pass
 
     def end_iteration(run, iteration, *rest):
+        if iteration == 3 and run.args.resume:
+            raise KilledError  # before it has written what the first had sent
         ends(run, iteration, *rest)
         if iteration == 3:
             raise KilledError  # one iteration after the checkpoint
@@ -649,17 +703,18 @@ def test_a_wandb_run_goes_on_and_no_curve_runs_back(monkeypatch):
         patch.setattr(ppo_discrete.Run, "end_iteration", end_iteration)
         with pytest.raises(KilledError):
             train("discrete", track=True)
-    (folder,) = Path().glob("runs/*")
-    before = [row["global_step"] for row in sent]
-    assert before[-1] == 96
-    sent.clear()
+        (folder,) = Path().glob("runs/*")
+        before = [row["global_step"] for row in sent]
+        assert before[-1] == 96
+        sent.clear()
+        with pytest.raises(KilledError):
+            resume("discrete", folder)
+    assert sent == []
     resume("discrete", folder)
     assert calls[0]["id"] is None
-    assert (calls[1]["id"], calls[1]["resume"], calls[1]["name"]) == (
-        "abc",
-        "allow",
-        calls[0]["name"],
-    )
+    for call in calls[1:]:
+        again = call["id"], call["resume"], call["name"]
+        assert again == ("abc", "allow", calls[0]["name"])
     steps = [row["global_step"] for row in sent]
     assert steps == sorted(steps) and steps[0] > 96 and steps[-1] == 192
     assert [step for step, metric, _ in rows(folder) if metric == "losses/loss"][2] == 96

@@ -9,6 +9,7 @@ import gymnasium as gym
 import imageio_ffmpeg
 import numpy as np
 import pytest
+import torch
 
 import ppo_atari
 import ppo_continuous
@@ -172,3 +173,17 @@ def test_videos_go_to_wandb(monkeypatch):
     ppo_discrete.train(ppo_discrete.parse_args(flags))
     names = [key for row in sent for key, x in row.items() if hasattr(x, "path")]
     assert sorted(names) == ["step-64-game-0", "step-64-game-1"]
+
+
+def test_a_fault_with_a_video_that_was_not_sent_yet(monkeypatch):
+    """In the step in which the game was over, before anything was logged: no other error."""
+    envs = SimpleNamespace(num_envs=1, close=lambda: None)
+    args = ppo_discrete.Args(capture_video=True)
+    envs.unwrapped = SimpleNamespace(set_attr=lambda *args: None)
+    agent = ppo_discrete.mlp(1, 1, 1.0)
+    run = ppo_discrete.Run(args, torch.device("cpu"), envs, {"agent": agent})
+    run.wandb = SimpleNamespace(log=None)
+    (run.videos / "step-0-game-0.mp4").touch()
+    with pytest.raises(SystemExit):
+        run.stop("a fault")
+    assert not run.rows
