@@ -351,7 +351,7 @@ class Texts:
             ends.append(generation.eos_token_id)
         ends = [x for end in ends for x in (end if isinstance(end, list) else [end])]
         self.ends = [*dict.fromkeys(x for x in ends if x is not None)]  # any of them is EOS
-        self.num_tokens, self.stop = len(self.tokenizer), args.stop
+        self.num_tokens, self.stop = len(self.tokenizer), [*filter(None, args.stop)]
         self.prompt_length, self.longest = 0, (0, "")  # P, and the longest text with its source
         if not self.ends or not self.text(self.tokenizer("a word").input_ids):
             fail(f"{path} has no tokenizer, or none with a token that ends a text, EOS")
@@ -378,6 +378,8 @@ class Texts:
                     row = usable_row(json.loads(line) if isinstance(line, bytes) else line, kind)
                     texts = [row | {"completion": row[key]} for key in KEYS[kind]] or [row]
                     lengths = [[len(x) for x in self.ids(text)] for text in texts]
+                    if self.judge is not self and kind != "sft":
+                        self.judge.ids(texts[0])  # it may have no template
                     rows.append((lengths[0][0], max(map(sum, lengths)), row))
                 except Exception as error:
                     fail(f"{path}, line {number}: {type(error).__name__}: {error}")
@@ -400,7 +402,8 @@ class Texts:
         """n rows of a file, none twice as long as there are others; of texts to learn only these"""
         rows = self.files[kind]
         n = min(n, len(rows)) if KEYS[kind] else n
-        return [rows[i] for i in rng.choice(len(rows), n, replace=n > len(rows))]
+        sizes = [min(n - i, len(rows)) for i in range(0, n, len(rows))]
+        return [rows[i] for m in sizes for i in rng.choice(len(rows), m, replace=False)]
 
     def ids(self, row):
         """[H2] A template's own words and BOS belong to the prompt, what it ends with to the end"""
@@ -714,8 +717,9 @@ class Agent(nn.Module):
         self.policy = Policy(model, task.num_tokens, args.temperature, args.logprob_chunk)
         self.reference, self.reward_model = twin(self.policy), None  # [H37]
         if args.rm_coef:
-            learns = "rm" in args.stages or args.load or args.resume
-            path = args.reward_model
+            path, had = args.reward_model, load_checkpoint(args.load) if args.load else None
+            loaded = had and "rm/accuracy" in had["numbers"] and had["args"]["reward_model"] == path
+            learns = "rm" in args.stages or args.resume or loaded
             self.reward_model = scalar_model(path, task.judge, model, args, learns)
         if args.group_size > 1:
             self.value_model = None
@@ -756,7 +760,8 @@ def frugal(network, args, device):
     if args.precision == "bf16":  # but not for the head of a number
         inner = network if isinstance(network, Policy) else model
         inner.forward = torch.autocast(device.type, torch.bfloat16)(inner.forward)
-    for module in (*layers, network) if args.fsdp else ():
+    heads = filter(None, [getattr(network, "head", None)])  # in fp32, whatever the rest is in
+    for module in (*layers, *heads, network) if args.fsdp else ():
         mesh = init_device_mesh(device.type, (rank_of()[1],))
         fully_shard(module, mesh=mesh, reshard_after_forward=True)
         module.set_gradient_divide_factor(1.0)  # a sum, as in add_up
@@ -788,6 +793,8 @@ def pretrained_model(path, task, args, kind="CausalLM"):
     kinds = "".join(model.config.architectures or "")
     if "Classification" in kinds and kind == "CausalLM":
         fail(f"{path} is a {kinds}, no causal language model")
+    if not hasattr(model.config.get_text_config(), "num_attention_heads"):  # Mamba, RWKV
+        fail(f"{path} is no Transformer: no keys and values to sample with")
     length, source = task.longest
     most = getattr(model.config, "max_position_embeddings", length)
     if most < length:
@@ -822,8 +829,8 @@ def scalar_model(path, task, model, args, will_learn=True):
             fail(f"{path} has no head that says what a text is worth; train one with --pref-data")
         return ScalarModel(pretrained_model(path, task, args) if path else model)
     classifier = pretrained_model(path, task, args, "SequenceClassification")
-    if classifier.num_labels != 1:
-        fail(f"{path} says {classifier.num_labels} numbers of a text, it must be one")
+    if classifier.num_labels != 1 or not hasattr(classifier, "score"):
+        fail(f"{path} says {classifier.num_labels} numbers of a text, not one by a layer `score`")
     scalar = ScalarModel(classifier)
     offset = torch.tensor([getattr(classifier.config, "reward_offset", 0.0)])  # no bias there
     scalar.head.load_state_dict({"weight": classifier.score.weight, "bias": offset})
@@ -1096,7 +1103,7 @@ def train(args: Args) -> Agent:
             if args.model and stage != "eval":
                 export(stage, args, task, agent, run)
             run.finish()
-    run.close()
+    run.close(run.signal)
     return agent
 
 
@@ -1522,9 +1529,13 @@ def parse_args(argv: list[str]) -> Args:
         data = load_checkpoint(path)
         default = data["args"] | {"resume": None, "load": None}
         if args.load:
-            default["stages"] = ",".join(STAGES[min(data["stage"], 2) :])  # PPO again, at least
-    for name in [name for name in ("reward_fn", "stop") if getattr(args, name)]:
-        default = default | {name: ()}  # what is given takes its place
+            judged = float(bool(args.pref_data or args.reward_model))
+            default["rm_coef"] = default["rm_coef"] or judged
+            stages = STAGES[min(data["stage"], 2) :]  # PPO again, at least
+            none = default["model"] and not default["rm_coef"]
+            default["stages"] = ",".join(stage for stage in stages if stage != "rm" or not none)
+    # of what may be repeated, that which is given takes its place
+    default = default | {name: () for name in ("reward_fn", "stop") if getattr(args, name)}
     return tyro.cli(Args, args=argv, default=Args(**default))
 
 
@@ -1545,10 +1556,8 @@ def check_args(args: Args):
         fail(f"--batch-size {args.batch_size} cannot be divided into {parts}")
     if args.batch_size % args.group_size:
         fail(f"--batch-size {args.batch_size} is no multiple of --group-size {args.group_size}")
-    if args.group_size > 1 and args.value_model:
-        fail("--value-model: there is none with --group-size")
-    if args.group_size > 1 and args.whiten_rewards:
-        fail("--whiten-rewards: with --group-size there is one reward for a whole response")
+    if args.group_size > 1 and (args.value_model or args.whiten_rewards):
+        fail("--group-size has no --value-model, and one reward a response, no --whiten-rewards")
     if args.total_episodes < args.batch_size:
         fail(f"--total-episodes {args.total_episodes} is less than one --batch-size")
     stages = [stage for stage in STAGES if stage in args.stages.split(",")]
@@ -1556,18 +1565,21 @@ def check_args(args: Args):
         fail(f"--stages {args.stages}: choose from {','.join(STAGES)}, in this order")
     path = args.resume or args.load
     data = load_checkpoint(path) if path else {"stage": 0, "numbers": {}}
-    if args.resume and (args.group_size > 1) != (data["args"].get("group_size", 1) > 1):
-        fail("--resume goes on with a value model or without, as the run began: --group-size")
+    for name in ("task", "model", "seed", "batch_size", "group_size") if args.resume else ():
+        if getattr(args, name) != (was := data["args"].get(name, 1)):
+            fail(f"--resume {path}: --{name.replace('_', '-')} was {was}; that is another run")
     if args.resume and data["stage"] > 2 and args.total_episodes > data["args"]["total_episodes"]:
         fail(f"--resume {path}: ppo is over, no more --total-episodes; --load does it anew")
     if args.load and stages[0] == "sft":
         fail("--load brings what sft learns; leave sft out of --stages, or --load")
-    learned = {"sft": data["stage"] > 0 or args.model}
+    learned = {"sft": data["stage"] > 0 or (args.model and not args.load)}
     learned["rm"] = "rm/accuracy" in data["numbers"] or not args.rm_coef or args.reward_model
     data_of = {"sft": "sft_data", "rm": "pref_data", "ppo": "prompts", "eval": "prompts"}
     for stage, name in data_of.items():
         if args.model and stage in stages and not getattr(args, name):
             fail(f"--stages {stage} of a --model needs --{name.replace('_', '-')}")
+    if args.model and args.ptx_coef and "ppo" in stages and not args.sft_data:
+        fail("--ptx-coef of a --model needs --sft-data")
     others = ("ref_model", "reward_model", "value_model", "eval_prompts", "stop", "lora_rank")
     for name in (*data_of.values(), *others):
         if getattr(args, name) and not args.model:
@@ -1581,8 +1593,7 @@ def check_args(args: Args):
         fail("no reward: --rm-coef above 0 and a reward model, or --reward-fn file.py:function")
     for text in args.reward_fn:
         load_reward_function(text)
-    _, ranks = rank_of()
-    if args.minibatch_size % ranks:
+    if args.minibatch_size % (ranks := rank_of()[1]):
         fail(f"minibatch_size {args.minibatch_size} cannot be divided by {ranks} ranks of torchrun")
     if args.fsdp and not (dist.is_initialized() or args.plan):
         fail("--fsdp needs torchrun: torchrun --nproc_per_node=2 ppo_rlhf.py --fsdp ...")
@@ -1669,7 +1680,7 @@ class Run:
 
     def __init__(self, args: Args, device: torch.device, agent: Agent):
         self.args, self.device, self.agent, self.checkpoint = args, device, agent, args.resume
-        self.stage, self.step, self.optimizer, self.signal, self.warned = 0, 0, None, None, set()
+        self.stage, self.step, self.optimizer, self.signal, self.warned = 0, 0, None, 0, set()
         self.numbers, self.data, path = {"gold_units": [0.0, 1.0]}, {}, args.resume or args.load
         derived = {name: getattr(args, name) for name in ("minibatch_size", "num_iterations")}
         config = dataclasses.asdict(args) | derived
@@ -1725,6 +1736,8 @@ class Run:
         self.start_time = time.time() - self.data.get("seconds", 0.0)
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self.on_signal)
+        if hasattr(os, "register_at_fork"):  # SIGTERM ends what a reward function starts
+            os.register_at_fork(after_in_child=lambda: signal.signal(number, signal.SIG_DFL))
 
     def restore(self, data: dict):
         """The models of a checkpoint and those beside it, but those that --load shall replace."""
@@ -1735,13 +1748,20 @@ class Run:
                 if digest(path) != expected:
                     fail(f"{path} is not the file that belongs to the checkpoint")
                 models[name] = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-            models = {"policy": models.get("reference")} | models | data["models"]
+            other = data["args"]["ref_model"]
+            sft = models.get("policy") or (None if other else models.get("reference"))
+            models = {"policy": sft} | models | data["models"]
+            if self.args.load and data["stage"] > 1 and re.search("rm|ppo", self.args.stages):
+                if not sft:  # it began with --load, too
+                    fail(f"{data['folder']} has no policy but PPO's; --load the run of sft")
+                models["policy"] = sft  # not where PPO has arrived
             for name, path in paths.items():
                 again = name == "reward_model" and "rm" in self.args.stages  # with a new head
                 other = getattr(self.args, path) != data["args"][path]
                 if self.args.load and (again or other):
                     models.pop(name, None)
-            for name in models.keys() - ({"value_model"} if self.args.load else {}):
+            unused = {"value_model", *["reward_model"] * (not self.args.rm_coef)}
+            for name in models.keys() - (unused if self.args.load else {}):
                 model = getattr(self.agent, name)
                 if models[name].keys() != own_weights(model).keys():
                     fail(f"{data['folder']} does not fit these settings: other weights")
@@ -1772,9 +1792,9 @@ class Run:
             yield step
             self.step = step
             self.bar.update()
-            self.signal = max(of_all_ranks(self.signal or 0))
-            if self.signal:
-                self.close()
+            asked = max(of_all_ranks(self.signal))  # a signal that comes now: next time
+            if asked:
+                self.close(asked)
             if step == total or step % self.args.checkpoint_every == 0:
                 self.save_checkpoint()
         self.bar.close()
@@ -1845,9 +1865,10 @@ class Run:
         learn, rest = SAVED[min(self.stage, 3)]
         if self.stage == 1 and self.args.ref_model:  # else the reference has the same weights
             rest = (*rest, "policy")
+        rest = [name for name in rest if name not in self.frozen]
         models = {name: getattr(self.agent, name) for name in (*learn, *rest)}
         models = {name: own_weights(model) for name, model in models.items() if model}
-        for name in models.keys() & rest - self.frozen.keys():
+        for name in models.keys() & rest:
             self.write(f"{name}.pt", models[name])
             self.frozen[name] = digest(self.folder / f"{name}.pt") if self.rank == 0 else ""
         data = {"args": dataclasses.asdict(self.args), "stage": self.stage, "step": self.step}
@@ -1872,14 +1893,14 @@ class Run:
         os.replace(file.name, self.folder / name)
         return self.folder / name
 
-    def close(self):
+    def close(self, number=0):
         """The end of the run; a checkpoint first if there was a signal, which is the exit code."""
-        if self.signal:
+        if number:
             self.save_checkpoint()
         self.bar.close()
         for file in self.files:
             file.close()
-        code = 128 + self.signal if self.signal else 0
+        code = 128 + number if number else 0
         if self.wandb:
             self.wandb.finish(exit_code=code)
         say(f"written to {self.folder}")
@@ -1897,7 +1918,8 @@ def evaluate(args, task, agent, run):
     prompts = write_texts(task, rows)
     pool_size = 16 if task.gold else 1  # of a large model they would take longer than PPO
     pool = [sample(args, task, agent.reference, prompts, rng)[0] for _ in range(pool_size)]
-    pool, scores = torch.stack(pool), torch.stack([score(rows, tokens) for tokens in pool])
+    pool = torch.stack(pool)
+    scores = torch.stack([score(rows, tokens) for tokens in pool]) if task.gold else None
     columns = {"SFT": (pool[0], 0.0)}
     for n in (4, 16) if task.gold else ():
         best = pool[scores[:n].argmax(0), torch.arange(len(prompts))]

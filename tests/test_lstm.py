@@ -536,7 +536,11 @@ def test_rollout_policy_samples_from_the_distribution_of_forward():
 def test_rollout_policy_has_its_weights_laid_out_for_cudnn(monkeypatch):
     """A copy has them in four places, for which cuDNN puts them together at every step."""
     agent, flattened = new_agent(), []
-    monkeypatch.setattr(nn.LSTM, "flatten_parameters", lambda x: flattened.append(x))
+
+    def flatten(layer):
+        flattened.append(layer)
+
+    monkeypatch.setattr(nn.LSTM, "flatten_parameters", flatten)
     agent.rollout_policy(np.random.default_rng(0))
     (copied,) = flattened
     assert copied is not agent.lstm

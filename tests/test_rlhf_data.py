@@ -657,6 +657,9 @@ def test_rows_are_drawn(models):
         many = [row["id"] for row in task.rows(kind, 30, rng)]
         assert len(many) == (6 if rlhf.KEYS[kind] else 30)
         assert {*many} == {*range(6)}
+        more = [row["id"] for row in task.rows(kind, 8, rng)]
+        assert sorted(more.count(i) for i in range(6))[:4] == [1] * 4
+        assert len(more) == (6 if rlhf.KEYS[kind] else 8)
 
 
 @pytest.mark.slow

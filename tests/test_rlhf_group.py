@@ -336,7 +336,7 @@ def test_x7_resumed_is_as_not_interrupted(monkeypatch, capsys):
     assert args.group_size == 4 and args.loss_mean == "response"
     with pytest.raises(SystemExit):
         rlhf.check_args(rlhf.parse_args(["--resume", str(part), "--group-size", "1"]))
-    assert "as the run began: --group-size" in capsys.readouterr().err
+    assert "--group-size was 4; that is another run" in capsys.readouterr().err
     assert same(weights(rlhf.train(args).policy), weights(whole.policy))
 
 
@@ -361,8 +361,8 @@ def test_x7_after_a_run_with_a_critic():
         ("--group-size 5", "--batch-size 128 is no multiple of --group-size 5"),
         ("--group-size 0", "--group-size is 0, it must be at least 1"),
         ("--group-size 256", "--batch-size 128 is no multiple of --group-size 256"),
-        ("--group-size 2 --value-model x --model y", "--value-model: there is none"),
-        ("--group-size 2 --whiten-rewards", "--whiten-rewards: with --group-size there is one"),
+        ("--group-size 2 --value-model x --model y", "--group-size has no --value-model"),
+        ("--group-size 2 --whiten-rewards", "one reward a response, no --whiten-rewards"),
     ],
 )
 def test_x7_what_cannot_work_is_refused(capsys, flags, message):

@@ -897,6 +897,77 @@ def test_models_given_win_over_those_loaded(flag, finished, judges):
     assert same(part.model.state_dict(), expected.state_dict())
 
 
+def first_iteration(folder):
+    """Of PPO: KL and score before the policy has learned."""
+    return [logged(folder, name)[0] for name in ("objective/kl", "objective/scores")]
+
+
+@pytest.mark.parametrize("later", [False, True])
+def test_ppo_again_starts_from_sft_beside_a_reference_model(later, files):
+    """Not from where PPO has arrived; whether the reference is given from the first or later."""
+    tiny.save_model("other", "gpt2", seed=5)
+    argv = [*flags(files, "gpt2", "sft", "prompts"), *rewarded(files)]
+    reference = ["--ref-model=other"]
+    first = ran(*argv, *reference * (not later))
+    again = ran("--load", first.folder, "--stages=ppo", *reference)
+    whole = first if not later else ran(*argv, *reference)
+    assert first_iteration(again.folder) == first_iteration(whole.folder)
+    assert abs(logged(whole.folder, "objective/kl")[-1] - first_iteration(whole.folder)[0]) > 0.1
+
+
+def test_ppo_again_without_the_policy_of_sft_refused(files):
+    """With a reference model only the run of sft has it."""
+    tiny.save_model("other", "gpt2", seed=5)
+    sft = ran(*flags(files, "gpt2", "sft"))
+    more = ["--prompts", f"{files / 'plain'}-prompts.jsonl", *rewarded(files), "--ref-model=other"]
+    ppo = ran("--load", sft.folder, "--stages=ppo", *more)
+    run = call("--load", ppo.folder, "--stages=ppo")
+    assert run.code == 2
+    assert run.err.splitlines()[-1].endswith("has no policy but PPO's; --load the run of sft")
+
+
+def test_half_of_sft_cannot_be_loaded(files):
+    with pytest.MonkeyPatch.context() as patch:
+        stop_at(patch, "sft", 2)
+        stopped = call(*flags(files, "gpt2", "sft", "prompts"), *rewarded(files))
+    assert stopped.code == 130
+    run = call("--load", stopped.folder, "--stages=ppo")
+    assert (run.code, run.folder) == (2, None)
+    assert "needs what sft learns" in run.err
+
+
+def test_pairs_and_reward_models_count_after_a_run_of_sft_alone(files, judges):
+    """Whose --rm-coef was 0."""
+    sft = ran(*flags(files, "gpt2", "sft"))
+    prompts = ["--prompts", f"{files / 'plain'}-prompts.jsonl"]
+    pairs = ["--pref-data", f"{files / 'plain'}-pref.jsonl"]
+    run = ran("--load", sft.folder, *prompts, *pairs, *rewarded(files))
+    assert logged(run.folder, "rm/accuracy") and (run.folder / "reward_model").is_dir()
+    path = judges / "score-gpt2"
+    run = ran("--load", sft.folder, *prompts, "--reward-model", path, "--stages=ppo")
+    assert same(run.agent.reward_model.model.state_dict(), classifier(path).base_model.state_dict())
+    run = ran("--load", sft.folder, *prompts, *rewarded(files))
+    assert run.agent.reward_model is None and not logged(run.folder, "rm/accuracy")
+
+
+def test_a_loaded_reward_model_is_left_out_with_rm_coef_0(finished, files):
+    more = ["--rm-coef=0", *rewarded(files), "--stages=ppo"]
+    assert ran("--load", finished("gpt2").folder, *more).agent.reward_model is None
+
+
+def test_a_head_that_nothing_trains_is_refused_after_load_too(finished, files):
+    """But not that of the same model, which the run before has trained."""
+    prompts = ["--prompts", f"{files / 'plain'}-prompts.jsonl", "--stages=ppo"]
+    run = call("--load", finished("gpt2").folder, *prompts, "--reward-model", files / "gpt2")
+    assert (run.code, run.folder) == (2, None)
+    assert "has no head that says what a text is worth" in run.err
+    more = ["--reward-model", files / "gpt2"]
+    trained = ran(*flags(files, "gpt2", "sft", "pref", "prompts"), *more)
+    again = ran("--load", trained.folder, "--stages=ppo", "--learning-rate=0")
+    models = [run.agent.reward_model.state_dict() for run in (again, trained)]
+    assert same(*models)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_checkpoints_have_what_learns(kind, finished):
     run = finished(kind)
@@ -1032,6 +1103,49 @@ def test_classifier_of_two_labels_refused(files):
     tiny.save_classifier("two", "gpt2", num_labels=2)
     line = refused(*flags(files, "gpt2", "prompts"), "--reward-model=two")
     assert "two" in line and re.search(r"\b2\b", line)
+
+
+def test_classifier_with_another_head_refused(files):
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "num_labels": 1}
+    config = transformers.RobertaConfig(vocab_size=400, intermediate_size=32, **sizes)
+    transformers.RobertaForSequenceClassification(config).save_pretrained("roberta")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(files / "gpt2")
+    tokenizer.save_pretrained("roberta")
+    line = refused(*flags(files, "gpt2", "prompts"), "--reward-model=roberta")
+    assert line.endswith("roberta says 1 numbers of a text, not one by a layer `score`")
+
+
+def test_a_model_without_keys_and_values_refused(files):
+    """Its state would be forgotten from token to token."""
+    config = transformers.MambaConfig(vocab_size=400, hidden_size=16, num_hidden_layers=1)
+    config.eos_token_id = 256
+    transformers.MambaForCausalLM(config).save_pretrained("mamba")
+    transformers.AutoTokenizer.from_pretrained(files / "gpt2").save_pretrained("mamba")
+    run = call(*flags(files, "gpt2", "prompts", model="mamba"), *rewarded(files))
+    assert (run.code, run.folder) == (2, None)
+    words = "mamba is no Transformer: no keys and values to sample with"
+    assert run.err.splitlines()[-1] == f"error: {words}"
+
+
+def test_a_judge_without_a_template_for_chats_refused(files, judges):
+    """Before anything is learned."""
+    argv = flags(files, "qwen2", "sft", "prompts")
+    line = refused(*argv, "--reward-model", judges / "judge-gpt2")
+    assert "chat-prompts.jsonl, line 1: " in line and "template" in line
+
+
+def test_ptx_without_demonstrations_refused(files):
+    line = refused(*flags(files, "gpt2", "prompts"), *rewarded(files), "--ptx-coef=0.1")
+    assert line == "error: --ptx-coef of a --model needs --sft-data"
+
+
+def test_an_evaluation_asks_for_each_text_once(files):
+    """Two columns, two calls; one more for each iteration of PPO."""
+    counting = "import pathlib\n\ndef count(completions):\n"
+    counting += "    with open('calls', 'a') as file:\n        file.write('x')\n"
+    Path("count.py").write_text(counting + "    return [0.0] * len(completions)\n")
+    ran(*flags(files, "gpt2", "prompts"), "--reward-fn=count.py:count")
+    assert Path("calls").read_text() == "x" * (2 + 2)
 
 
 def test_reward_model_without_a_head_refused(files):

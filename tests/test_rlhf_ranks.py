@@ -473,6 +473,16 @@ def test_x2_everything_that_saves_memory_together(runs, model):
 
 @needs_transformers
 @pytest.mark.slow
+@pytest.mark.parametrize("lora", [[], LORA])
+def test_x2_fsdp_of_weights_in_bf16(runs, model, lora):
+    """Heads of a number stay in float32, a part of their own."""
+    run = runs(2, *model("llama"), *lora, "--fsdp", "--precision", "pure-bf16")
+    losses = [x for (_, name), x in table(run).items() if name == "ppo/loss/value"]
+    assert len(losses) > 1 and all(map(math.isfinite, losses))
+
+
+@needs_transformers
+@pytest.mark.slow
 def test_x2_fsdp_of_other_models_for_everything(runs, model, tmp_path_factory):
     """A reward model with other tokens, a reference and a value model from elsewhere."""
     import tiny

@@ -560,6 +560,17 @@ def test_resume_of_a_finished_run_with_more_episodes(finished, capsys):
     rlhf.check_args(rlhf.parse_args(["--load", str(folder), "--total-episodes", more]))
 
 
+@pytest.mark.parametrize(
+    "flag, was",
+    [("--seed=9", "3"), ("--batch-size=4", "8"), ("--task=sort", "reviews"), ("--group-size=2", 1)],
+)
+def test_resume_of_another_run(flag, was, finished, capsys):
+    """Steps and random numbers would no longer be those of one run."""
+    line = error_line(capsys, parse, "--resume", finished.folder, flag)
+    path, name = finished.folder / "checkpoint.pt", flag.split("=")[0]
+    assert line == f"error: --resume {path}: {name} was {was}; that is another run"
+
+
 def stopped_in_ppo(monkeypatch, **changes):
     """A run that was stopped after its second iteration of four."""
     with monkeypatch.context() as patch:
@@ -663,6 +674,23 @@ def test_signal_between_steps(function, stage, step, monkeypatch, capsys):
     output = capsys.readouterr()
     assert output.out.splitlines()[-2] == f"written to {run.folder.relative_to(Path.cwd())}"
     assert output.out.count("written to") == 1
+
+
+def test_signal_while_ranks_exchange_what_they_have_is_not_lost(monkeypatch):
+    """It counts after the next step."""
+    of_all_ranks, seen = rlhf.of_all_ranks, []
+
+    def exchange(x):
+        if type(x) in (int, signal.Signals):  # at the end of a step
+            seen.append(int(x))
+            if len(seen) == 2:
+                signal.raise_signal(signal.SIGTERM)
+        return of_all_ranks(x)
+
+    monkeypatch.setattr(rlhf, "of_all_ranks", exchange)
+    run = train(stages="sft")
+    assert run.code == 143
+    assert [x for x in seen if x in (0, 15)][-1] == 15 and checkpoint(run.folder)["step"] == 3
 
 
 def test_signal_at_the_end_of_a_step_leaves_a_checkpoint():
@@ -876,6 +904,27 @@ def test_reward_function_gets_texts(functions, monkeypatch):
             assert shown in (text.split(), [*text.split(), "EOS"])
     means = [0.5 * np.mean([len(x.split()) for x in call["completions"]]) for call in calls]
     assert values(run.folder, "objective/scores") == pytest.approx(means)
+
+
+PROCESSES = """
+import multiprocessing, time
+
+def terminates(completions):
+    process = multiprocessing.get_context("fork").Process(target=time.sleep, args=(1000,))
+    process.start()
+    time.sleep(0.2)
+    process.terminate()
+    process.join(20)
+    return [float(process.exitcode == -15)] * len(completions)
+"""
+
+
+def test_a_reward_function_can_end_its_processes(tmp_path):
+    """They are copies of this one, but a signal ends them."""
+    (tmp_path / "processes.py").write_text(PROCESSES)
+    name = f"{tmp_path / 'processes.py'}:terminates"
+    run = train(**VERIFIABLE | {"reward_fn": (name,), "total_episodes": 8})
+    assert values(run.folder, "objective/scores") == [1.0]
 
 
 def test_reward_functions_on_the_command_line(functions, uninterrupted):
