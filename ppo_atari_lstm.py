@@ -157,7 +157,7 @@ class AtariPreprocessing(gym.Wrapper):
 
     def start_life(self, **kwargs):
         self.skip(0)  # [A3] a lost life continues the same game, one no-op later
-        if self.game_over or kwargs.get("seed") is not None:
+        if self.game_over:
             self.start_game(**kwargs)
             for _ in range(self.unwrapped.np_random.integers(1, 31)):  # [A1] 1 to 30 no-ops
                 self.act(0)
@@ -523,10 +523,9 @@ MAY_CHANGE |= {"wandb_project_name", "wandb_entity"}
 
 def parse_args(argv: list[str]) -> Args:
     """Args from the command line; W&B sweeps write a boolean as --flag=True or --flag=False."""
-    names = "|".join(x.name for x in dataclasses.fields(Args) if x.type is bool)
-    names = names.replace("_", "[-_]")
-    argv = [re.sub(rf"^--({names})=[Tt]rue$", r"--\1", arg) for arg in argv]
-    argv = [re.sub(rf"^--({names})=[Ff]alse$", r"--no-\1", arg) for arg in argv]
+    flag = "|".join(x.name for x in dataclasses.fields(Args) if x.type is bool).replace("_", "[-_]")
+    argv = [re.sub(rf"^--({flag})=[Tt]rue$", r"--\1", arg) for arg in argv]
+    argv = [re.sub(rf"^--({flag})=[Ff]alse$", r"--no-\1", arg) for arg in argv]
     args = tyro.cli(Args, args=argv, description=__doc__.splitlines()[0])
     if path := args.resume or args.evaluate:  # what the command line does not say is as it was
         old = load_checkpoint(path)["args"]
@@ -855,7 +854,8 @@ class Run:
             (self.folder / Path(__file__).name).write_bytes(Path(__file__).read_bytes())
             self.metrics = self.folder / "metrics.csv"
             self.bytes = self.metrics.write_text("global_step,time,name,value\n", newline="\n")
-        (self.folder / "config.json").write_text(json.dumps(text, indent=2))
+        (self.folder / "config.tmp").write_text(json.dumps(text, indent=2))
+        os.replace(self.folder / "config.tmp", self.folder / "config.json")
         return config
 
     def film(self, folder: Path, names: list[str]):
@@ -954,7 +954,8 @@ class Run:
         data |= {"metrics_bytes": self.bytes, "global_step": iteration * self.args.batch_size}
         data |= {"wandb_id": self.wandb and self.wandb.id}
         data |= {k: x if torch.is_tensor(x) else x.state_dict() for k, x in self.saved.items()}
-        with open(self.folder / "checkpoint.tmp", "wb") as file:
+        with open(self.folder / "checkpoint.tmp", "wb") as file, open(self.metrics, "a") as rows:
+            os.fsync(rows.fileno())  # what the checkpoint counts on
             torch.save(data, buffer := io.BytesIO())  # to a full disk it is no OSError
             file.write(buffer.getbuffer())
             file.flush()

@@ -1633,10 +1633,10 @@ def load_checkpoint(path: str) -> dict:
 
 
 def whole(x):
-    """What is sharded, put together on the CPU: tensors, and dicts and lists of them."""
+    """What is sharded, put together in memory of the first rank alone: tensors, dicts of them."""
     if isinstance(x, dict):
         return {key: whole(value) for key, value in x.items()}
-    return x.full_tensor().cpu() if isinstance(x, DTensor) else x
+    return x.full_tensor().to("meta" if rank_of()[0] else "cpu") if isinstance(x, DTensor) else x
 
 
 def own_weights(model: nn.Module) -> dict:
@@ -1719,7 +1719,7 @@ class Run:
                 fail(f"a run needs a folder to write to: {error}")
             self.files[0].write("global_step,time,name,value\n")
         self.folder = of_all_ranks(self.folder)[0]
-        self.wandb = None
+        self.wandb, self.bar = None, tqdm(disable=True)
         if args.track and self.rank == 0:
             import wandb
 
@@ -1732,7 +1732,6 @@ class Run:
                     shutil.rmtree(self.folder)
                 fail(f"Weights & Biases: {error}")
             self.wandb.define_metric("*", step_metric="global_step")
-        self.bar = tqdm(disable=True)
         self.start_time = time.time() - self.data.get("seconds", 0.0)
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self.on_signal)
@@ -1981,26 +1980,27 @@ def export(stage, args, task, agent, run):
     """
     name, tokenizer, model = "policy", task.tokenizer, agent.policy.model
     adapter = args.lora_rank and not args.merge and stage != "rm"
+    learned = agent.reward_model.model if stage == "rm" else model
+    weights = own_weights(learned) if adapter else merged_weights(learned)
+    head = whole(agent.reward_model.head.state_dict()) if stage == "rm" else None
+    if run.rank > 0:
+        return None
     if stage == "rm":
-        name, scalar = "reward_model", agent.reward_model
-        tokenizer = copy.deepcopy(task.judge.tokenizer)
+        name, tokenizer = "reward_model", copy.deepcopy(task.judge.tokenizer)
         if tokenizer.pad_token_id in (None, *task.judge.ends):  # else EOS would not be read [H8]
             tokenizer.add_special_tokens({"pad_token": "<|padding|>"})
-        config, transformers = copy.deepcopy(scalar.model.config), sys.modules["transformers"]
+        config, transformers = copy.deepcopy(learned.config), sys.modules["transformers"]
         if type(config) not in transformers.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
             return say(f"a {config.model_type} has no sequence classifier; reward_model.pt has all")
-        head = whole(scalar.head.state_dict())
         config.num_labels, config.pad_token_id = 1, None
         config.reward_offset = head["bias"].item()  # its head has no bias
         model = transformers.AutoModelForSequenceClassification.from_config(config)
-        model.base_model.load_state_dict(merged_weights(scalar.model))
+        model.base_model.load_state_dict(weights)
         model.score.weight.data.copy_(head["weight"])
         if len(tokenizer) > model.get_input_embeddings().num_embeddings:
             model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
         model.config.pad_token_id = tokenizer.pad_token_id
-    weights = own_weights(model) if adapter else merged_weights(model)
-    if run.rank > 0:
-        return None
+        weights = model.state_dict()
     card = f"---\nlibrary_name: transformers\nbase_model: {args.model}\ntags: [ppo, rlhf]\n---\n"
     card += f"# {name} of {run.folder.name}\n\nMade by ppo_rlhf.py, stage {stage}.\n"
     parts = {"Settings": dataclasses.asdict(args), "Data, SHA-256": task.hashes}

@@ -152,17 +152,6 @@ def test_a1_noops_are_drawn_from_the_environments_generator(seed):
     assert game.log == ["reset"] + [NOOP] * first_draw(seed)
 
 
-def test_a1_a_seed_starts_a_new_game():
-    """In the middle of another, as where --evaluate has seeds of its own."""
-    env, game = fake_game(seed=0)
-    del game.log[:]
-    env.reset(seed=1)
-    assert game.log[game.log.index("reset") :] == ["reset"] + [NOOP] * first_draw(1)
-    del game.log[:]
-    env.reset()
-    assert "reset" not in game.log
-
-
 @pytest.mark.parametrize("end", ENDS)
 def test_a1_game_that_ends_in_the_noops_is_reset_again(end):
     env, game = fake_game(Frame(end=end), start=False)

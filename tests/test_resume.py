@@ -238,15 +238,22 @@ def start(*flags, script="discrete", **kwargs):
     return subprocess.Popen(command, start_new_session=True, **how | kwargs)
 
 
+def resumed():
+    """How often a run has gone on, once its configuration is written."""
+    for path in Path().glob("runs/*/config.json"):
+        return len(json.loads(path.read_text()).get("resumed", []))
+    return -1
+
+
 def killed_again_and_again(times):
     rng = np.random.default_rng(times)
     flags = ["--total-timesteps", "64000", "--checkpoint-every", "3"]
     process = start(*flags)
-    for _ in range(times):
+    for n in range(times):
         end = time.time() + 60
-        while not list(Path().glob("runs/*/checkpoint.pt")) and time.time() < end:
+        while not ([*Path().glob("runs/*/checkpoint.pt")] and resumed() == n) and time.time() < end:
             time.sleep(0.05)
-        time.sleep(rng.uniform(0.0, 0.5) + 4.0 * (process.args[-2] == "--resume"))
+        time.sleep(rng.uniform(0.0, 0.5))
         process.kill()
         process.wait()
         (folder,) = Path().glob("runs/*")
@@ -260,7 +267,7 @@ def killed_again_and_again(times):
         x for step, metric, x in rows(folder) if (step, metric) == (64000, "charts/learning_rate")
     }
     assert float(rate) == pytest.approx(2.5e-4 / 500)
-    assert len(json.loads((folder / "config.json").read_text())["resumed"]) == times
+    assert resumed() == times
 
 
 def test_killed_three_times():
@@ -281,7 +288,7 @@ def test_killed_in_the_middle_of_a_save(monkeypatch):
     replace, calls = os.replace, itertools.count()
 
     def kill(*args):
-        if next(calls) == 1:
+        if next(calls) == 2:  # the first is that of config.json
             raise KilledError
         return replace(*args)
 
@@ -296,6 +303,47 @@ def test_killed_in_the_middle_of_a_save(monkeypatch):
     assert [x.name for x in folder.glob("checkpoint*")] == ["checkpoint.pt"]
     steps = [step for step, metric, _ in rows(folder) if metric == "losses/loss"]
     assert steps == [32, 64, 96, 128, 160, 192]
+
+
+def test_a_configuration_is_whole_whenever_a_run_is_killed(monkeypatch):
+    """In the middle of the write that notes what resumes it."""
+    _, folder = train("discrete")
+    write_text = Path.write_text
+
+    class KilledError(BaseException):
+        pass
+
+    def killed(path, text, **kwargs):
+        write_text(path, text[:50], **kwargs)
+        raise KilledError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_text", killed)
+        with pytest.raises(KilledError):
+            resume("discrete", folder, "--total-timesteps", "224")
+    assert "resumed" not in json.loads((folder / "config.json").read_text())
+    resume("discrete", folder, "--total-timesteps", "224")
+    assert len(json.loads((folder / "config.json").read_text())["resumed"]) == 1
+    assert not list(folder.glob("*.tmp"))
+
+
+def test_metrics_are_on_the_disk_before_the_checkpoint_that_counts_on_them(monkeypatch):
+    """Or after a power cut it would speak of rows that are not there."""
+    synced, fsync, replace = [], os.fsync, os.replace
+    path = "/proc/self/fd/{}"
+
+    def replaced(source, target):
+        synced.append(Path(target).name)
+        replace(source, target)
+
+    def spy(number):
+        synced.append(Path(os.readlink(path.format(number))).name)
+        fsync(number)
+
+    monkeypatch.setattr(os, "fsync", spy)
+    monkeypatch.setattr(os, "replace", replaced)
+    train("discrete", checkpoint_every=6)
+    assert synced == ["config.json", "metrics.csv", "checkpoint.tmp", "checkpoint.pt"]
 
 
 def test_a_disk_that_is_full(monkeypatch):

@@ -21,7 +21,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch import distributed as dist
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
 import ppo_rlhf as rlhf
@@ -469,6 +470,30 @@ def test_x2_everything_that_saves_memory_together(runs, model):
         assert b[x] == pytest.approx(a[x], abs=0.05, rel=0.05), x
     fp32 = table(runs(0, *model("llama")))
     assert any(a[x] != pytest.approx(fp32[x], abs=1e-4) for x in early)
+
+
+def hand_in(rank, folder):
+    """Whether what is sharded has numbers on this rank once it is put together."""
+    store = dist.FileStore(str(folder / "store"), 2)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=2)
+    mesh = init_device_mesh("cpu", (2,))
+    sharded = distribute_tensor(torch.arange(6.0), mesh, [Shard(0)])
+    found = rlhf.whole({"a": {"b": sharded, "c": 1}})["a"]
+    torch.save((found["b"], found["c"]), folder / f"{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_x2_what_is_put_together_is_in_memory_of_the_first_rank_alone(tmp_path):
+    """Or a box would have as many copies of all models and moments as it has GPUs."""
+    fork = multiprocessing.get_context("fork")
+    processes = [fork.Process(target=hand_in, args=(rank, tmp_path)) for rank in (0, 1)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(60)
+    (first, c), (second, _) = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
+    assert (first.tolist(), c) == ([0, 1, 2, 3, 4, 5], 1)
+    assert second.is_meta and second.shape == (6,)
 
 
 @needs_transformers
