@@ -75,8 +75,10 @@ def test_table_of_the_evaluation():
 
 @pytest.mark.slow
 def test_programs():
-    flags = f"--total-timesteps 256 --num-envs 2 {FIRST}"
-    for code, task in zip(PROGRAMS, ("discrete", "continuous --env-id Pendulum-v1"), strict=True):
+    tasks = "discrete", "continuous --env-id Pendulum-v1", "atari_lstm --env-id PongNoFrameskip-v4"
+    for code, task in zip(PROGRAMS, tasks, strict=True):
+        flags = f"--total-timesteps 256 --num-envs 2 {FIRST}"
+        flags = flags.replace("--no-compile", "") if "lstm" in task else flags
         run(f"python ppo_{task.replace(' ', '.py ', 1) if ' ' in task else task + '.py'} {flags}")
         name = task.split()[0]
         (path,) = [x for x in Path().glob("runs/*/checkpoint.pt") if f"ppo_{name}" in str(x)]
