@@ -24,7 +24,7 @@ TRAINING = [line for line in COMMANDS if "ppo_" in line]
 SHORT = "--sft-texts 256 --rm-pairs 64 --rm-test-pairs 64 --eval-episodes 16 --total-episodes 256"
 
 
-QUICK = ("ppo_atari.py", "torchrun", "CartPole")  # the first ones, and processes
+QUICK = ("ppo_atari.py", "CartPole")  # the first ones
 
 
 @pytest.mark.parametrize(

@@ -604,7 +604,9 @@ FAULTS = {
 }
 
 
-@pytest.mark.parametrize("name", FAULTS)
+@pytest.mark.parametrize(
+    "name", ["dies", "hangs", "raises", pytest.param("is killed", marks=pytest.mark.slow)]
+)
 def test_an_environment_that_fails_ends_the_run(name):
     """In one line, with its index, the step and the last good checkpoint; nobody is left over."""
     what, message = FAULTS[name]
@@ -670,7 +672,8 @@ def test_an_environment_that_cannot_be_made_in_its_process():
     assert children(process) == []
 
 
-@pytest.mark.parametrize("context", ["spawn", pytest.param("forkserver", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("context", ["spawn", "forkserver"])
 def test_other_ways_to_start_processes(context):
     """As on Windows and macOS, and on Linux from Python 3.14."""
     code = f"""

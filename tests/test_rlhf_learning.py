@@ -39,6 +39,7 @@ def smooth(values, width=5):
     return np.convolve(values, np.full(width, 1 / width), mode="valid")
 
 
+@pytest.mark.slow
 def test_end_to_end_tiny():
     """Digits in order, after a short SFT: from one list in eight to one in three."""
     settings = {"task": "sort", "sft_texts": 12_800, "total_episodes": 2560, "eval_episodes": 256}

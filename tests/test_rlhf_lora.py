@@ -759,6 +759,7 @@ def size(*modules):
     return sum({x: x.nbytes for module in modules for x in module.parameters()}.values()) / 1e9
 
 
+@pytest.mark.slow
 def test_plan_is_printed_and_that_is_all():
     """From a configuration alone, through the command line; with --fsdp one process has it all."""
     config_only("gpt2", **LARGE)

@@ -369,9 +369,8 @@ def test_x2_each_row_is_one_ranks_and_all_take_as_many_steps(rows, ranks):
     assert all(0 < len(part) <= 4 for share in shares for part, _ in share)
 
 
-@pytest.mark.parametrize(
-    "ranks", [1, pytest.param(2, marks=pytest.mark.slow), pytest.param(3, marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [1, 2, 3])
 def test_x2_torchrun(runs, ranks, tmp_path):
     """One rank bit for bit what python does."""
     process = torchrun(tmp_path, ranks, *EMBEDDED)
@@ -667,10 +666,8 @@ def forget(rank):
     Optimizer.load_state_dict = lambda *_: None
 
 
-@pytest.mark.parametrize(
-    "step, stage, its_step",
-    [(15, 2, 2), *(pytest.param(*x, marks=pytest.mark.slow) for x in ((3, 0, 3), (9, 1, 1)))],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("step, stage, its_step", [(15, 2, 2), (3, 0, 3), (9, 1, 1)])
 def test_x2_what_ranks_began_one_process_or_ranks_end(runs, step, stage, its_step, tmp_path):
     """Stopped in each stage after a signal to one of them; and AdamW's moments do matter."""
     uninterrupted = runs(0, *EMBEDDED)
