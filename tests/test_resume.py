@@ -604,6 +604,15 @@ FAULTS = {
 }
 
 
+def failure(*flags, **kwargs):
+    """What a run that has to fail says on stderr; nobody is left over."""
+    process = start(*flags, **kwargs)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 2
+    assert children(process) == []
+    return stderr
+
+
 @pytest.mark.parametrize(
     "name", ["dies", "hangs", "raises", pytest.param("is killed", marks=pytest.mark.slow)]
 )
@@ -612,15 +621,11 @@ def test_an_environment_that_fails_ends_the_run(name):
     what, message = FAULTS[name]
     Path("fault.py").write_text(FAULT.format(what=what))
     flags = ["--env-id", "fault:Fault-v0", "--vectorization", "async", "--env-timeout", "2"]
-    process = start(*flags, "--checkpoint-every", "1")
-    _, stderr = process.communicate(timeout=60)
-    assert process.returncode == 2
-    *before, line = stderr.splitlines()
+    *before, line = failure(*flags, "--checkpoint-every", "1").splitlines()
     (saved,) = Path().glob("runs/*/checkpoint.pt")
     assert re.match(f"error: {message}", line), line
     assert line.endswith(f"; last good checkpoint: {saved}")
     assert bool(before) == (name == "raises")
-    assert children(process) == []
 
 
 def test_an_environment_that_dies_before_its_first_observation():
@@ -630,23 +635,16 @@ def test_an_environment_that_dies_before_its_first_observation():
         "        if multiprocessing.parent_process():\n            os._exit(4)\n",
     )
     Path("fault.py").write_text(source)
-    process = start("--env-id", "fault:Fault-v0", "--vectorization", "async")
-    _, stderr = process.communicate(timeout=60)
-    assert process.returncode == 2
+    stderr = failure("--env-id", "fault:Fault-v0", "--vectorization", "async")
     words = "environment [01], step 0: its process has ended, exit code 4"
     assert re.fullmatch(f"error: {words}; last good checkpoint: none yet\n", stderr)
-    assert children(process) == []
 
 
 def test_more_processes_than_files_may_be_open():
     """One line, although there is no run yet that could stop."""
     flags = ["--vectorization", "async", "--num-envs", "64"]
     limit = functools.partial(resource.setrlimit, resource.RLIMIT_NOFILE, (90, 90))
-    process = start(*flags, preexec_fn=limit)
-    _, stderr = process.communicate(timeout=60)
-    assert process.returncode == 2
-    assert stderr == "error: [Errno 24] Too many open files\n"
-    assert children(process) == []
+    assert failure(*flags, preexec_fn=limit) == "error: [Errno 24] Too many open files\n"
 
 
 def test_no_time_limit_for_a_step():
@@ -664,12 +662,9 @@ def test_an_environment_that_cannot_be_made_in_its_process():
         "        if multiprocessing.parent_process():\n            raise KeyError('no licence')\n",
     )
     Path("fault.py").write_text(source)
-    process = start("--env-id", "fault:Fault-v0", "--vectorization", "async")
-    _, stderr = process.communicate(timeout=60)
-    assert process.returncode == 2
+    stderr = failure("--env-id", "fault:Fault-v0", "--vectorization", "async")
     assert "KeyError: 'no licence'" in stderr
     assert stderr.splitlines()[-1] == "error: an environment cannot be made in its process"
-    assert children(process) == []
 
 
 @pytest.mark.slow
