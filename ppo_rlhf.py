@@ -29,7 +29,6 @@ References
     [OSF]   Stiennon et al. 2020, Learning to Summarize from Human Feedback, arXiv:2009.01325
     [IGPT]  Ouyang et al. 2022, Training Language Models to Follow Instructions, arXiv:2203.02155
     [GAO]   Gao et al. 2022, Scaling Laws for Reward Model Overoptimization, arXiv:2210.10760
-    [MAX]   Zheng et al. 2023, Secrets of RLHF in Large Language Models I, arXiv:2307.04964
     [N+]    Huang et al. 2024, The N+ Implementation Details of RLHF with PPO, arXiv:2403.17031
     [GRPO]  Shao et al. 2024, DeepSeekMath, arXiv:2402.03300
     [DR]    Liu et al. 2025, Understanding R1-Zero-Like Training, arXiv:2503.20783 (Dr. GRPO)
@@ -751,7 +750,7 @@ def frugal(network, args, device):
         network.model = copy.deepcopy(network.model)
     model = network.model
     layers = next(x for x in model.modules() if isinstance(x, nn.ModuleList))
-    if args.precision == "pure-bf16" and not args.plan:
+    if args.precision == "pure-bf16":
         model.to(torch.bfloat16)
     for layer in layers if args.gradient_checkpointing else ():
         layer.forward = functools.partial(
@@ -1693,31 +1692,11 @@ class Run:
             self.data, self.stage, self.step = data, data["stage"], data["step"]  # [H69]
             self.folder, self.frozen = data["folder"], data["frozen"]
         self.rank, self.ranks = rank_of()
+        self.lines, self.sent = 1, 0  # of metrics.csv: now, and when the run was resumed
         if self.rank > 0:  # the first one names, writes and shows
             self.files = [open(os.devnull, "w") for _ in FILES]
-        elif args.resume:
-            try:
-                self.files = [open(self.folder / name, "r+") for name in FILES]
-            except OSError as error:
-                fail(f"--resume needs {' and '.join(FILES)} beside the checkpoint: {error}")
-            for file, size in zip(self.files, data["bytes"], strict=True):
-                file.truncate(size)  # nothing stands twice
-                file.seek(0, os.SEEK_END)
         else:
-            try:
-                name = Path(args.model).name if args.model else args.task
-                for now in count(time.time_ns() // 10**6):  # never a folder that exists
-                    self.folder = Path("runs") / f"{name}__{args.exp_name}__{args.seed}__{now}"
-                    with contextlib.suppress(FileExistsError):
-                        self.folder.mkdir(parents=True)
-                        break
-                text = json.dumps(config | origin(device), indent=2)
-                (self.folder / "config.json").write_text(text + "\n")
-                shutil.copy(__file__, self.folder)
-                self.files = [open(self.folder / name, "w") for name in FILES]
-            except OSError as error:
-                fail(f"a run needs a folder to write to: {error}")
-            self.files[0].write("global_step,time,name,value\n")
+            self.open_folder(config | origin(device))
         self.folder = of_all_ranks(self.folder)[0]
         self.wandb, self.bar = None, tqdm(disable=True)
         if args.track and self.rank == 0:
@@ -1737,6 +1716,33 @@ class Run:
             signal.signal(number, self.on_signal)
         if hasattr(os, "register_at_fork"):  # SIGTERM ends what a reward function starts
             os.register_at_fork(after_in_child=lambda: signal.signal(number, signal.SIG_DFL))
+
+    def open_folder(self, config: dict):
+        """A new one, or that of the checkpoint with its files as they were then."""
+        args = self.args
+        try:
+            if args.resume:
+                old = json.loads((self.folder / "config.json").read_text())
+                rows = (self.folder / FILES[0]).read_bytes()
+                self.lines = rows[: self.data["bytes"][0]].count(b"\n")
+                self.sent = max(old.get("sent", 0), rows.count(b"\n"))
+                for name, size in zip(FILES, self.data["bytes"], strict=True):
+                    os.truncate(self.folder / name, size)  # nothing stands twice
+                config = old | {"resumed": [*old.get("resumed", []), config], "sent": self.sent}
+            else:
+                name = Path(args.model).name if args.model else args.task
+                for now in count(time.time_ns() // 10**6):  # never a folder that exists
+                    self.folder = Path("runs") / f"{name}__{args.exp_name}__{args.seed}__{now}"
+                    with contextlib.suppress(FileExistsError):
+                        self.folder.mkdir(parents=True)
+                        break
+                shutil.copy(__file__, self.folder)
+                (self.folder / FILES[0]).write_text("global_step,time,name,value\n")
+            self.files = [open(self.folder / name, "a", buffering=1) for name in FILES]  # lines
+            (self.folder / "config.tmp").write_text(json.dumps(config, indent=2) + "\n")
+            os.replace(self.folder / "config.tmp", self.folder / "config.json")
+        except (OSError, ValueError) as error:
+            fail(f"a run needs a folder to write to: {error}")
 
     def restore(self, data: dict):
         """The models of a checkpoint and those beside it, but those that --load shall replace."""
@@ -1791,8 +1797,7 @@ class Run:
             yield step
             self.step = step
             self.bar.update()
-            asked = max(of_all_ranks(self.signal))  # a signal that comes now: next time
-            if asked:
+            if asked := max(of_all_ranks(self.signal)):  # a signal that comes now: next time
                 self.close(asked)
             if step == total or step % self.args.checkpoint_every == 0:
                 self.save_checkpoint()
@@ -1816,7 +1821,8 @@ class Run:
         self.last |= metrics
         for name, value in metrics.items():
             self.files[0].write(f"{global_step},{seconds:.3f},{name},{value:.9g}\n")
-        if self.wandb:
+        self.lines += len(metrics)
+        if self.wandb and self.lines > self.sent:  # no curve runs back
             self.wandb.log({"global_step": global_step} | metrics)
 
     def log_iteration(self, iteration: int, global_step: int, metrics: dict[str, float]):
@@ -1839,7 +1845,7 @@ class Run:
                 for i, text in enumerate(read_texts(task, responses))
             ]
             self.files[1].writelines(json.dumps(sample) + "\n" for sample in samples)
-            if self.wandb:
+            if self.wandb and self.lines > self.sent:
                 rows = [[*sample.values()] for sample in samples]
                 table = sys.modules["wandb"].Table([*samples[0]], rows)
                 self.wandb.log({"global_step": global_step, "samples": table})
@@ -1859,8 +1865,6 @@ class Run:
 
     def save_checkpoint(self):
         """What learns, and once, in files of their own, the models that learn no more."""
-        for file in self.files:
-            file.flush()
         learn, rest = SAVED[min(self.stage, 3)]
         if self.stage == 1 and self.args.ref_model:  # else the reference has the same weights
             rest = (*rest, "policy")
@@ -1915,9 +1919,8 @@ def evaluate(args, task, agent, run):
     score = score_function(args, task, agent, run)
     rows = task.rows("eval", args.eval_episodes, rng)
     prompts = write_texts(task, rows)
-    pool_size = 16 if task.gold else 1  # of a large model they would take longer than PPO
-    pool = [sample(args, task, agent.reference, prompts, rng)[0] for _ in range(pool_size)]
-    pool = torch.stack(pool)
+    size = 16 if task.gold else 1  # of a large model they would take longer than PPO
+    pool = torch.stack([sample(args, task, agent.reference, prompts, rng)[0] for _ in range(size)])
     scores = torch.stack([score(rows, tokens) for tokens in pool]) if task.gold else None
     columns = {"SFT": (pool[0], 0.0)}
     for n in (4, 16) if task.gold else ():
@@ -2026,9 +2029,7 @@ def export(stage, args, task, agent, run):
 class Memory(TorchDispatchMode):
     """Bytes of the tensors that are made under it: now, and the most there were at a time."""
 
-    def __init__(self):
-        super().__init__()
-        self.now, self.peak, self.known = 0, 0, set()
+    now, peak, known = 0, 0, frozenset()  # what is known are storages
 
     def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
         made = operation(*args, **(kwargs or {}))
@@ -2062,19 +2063,17 @@ def plan(args: Args):
 
     with torch.device("meta"):
         agent = Agent(task, args)
-        for model in agent.children() if args.precision == "pure-bf16" else ():
-            model.model.to(torch.bfloat16)
+        for model in agent.children():
+            frugal(model, dataclasses.replace(args, fsdp=False), torch.device("cpu"))
     with FakeTensorMode():  # of these, unlike those on `meta`, operations are as on a device
         fake = {None: None}
         for names in chain(*((x._parameters, x._buffers) for x in agent.modules())):
             for x in {*names.values()} - fake.keys():
                 fake[x] = nn.Parameter(torch.empty(x.shape, dtype=x.dtype), x.requires_grad)
             names.update({name: fake[x] for name, x in names.items()})
-        for model in agent.children():
-            frugal(model, dataclasses.replace(args, fsdp=False), torch.device("cpu"))
+        for model in agent.children() if args.model else ():
             trunk = model.decoder() if isinstance(model, Policy) else model.model
-            if args.model:
-                trunk.register_forward_pre_hook(whole_mask, with_kwargs=True)
+            trunk.register_forward_pre_hook(whole_mask, with_kwargs=True)
         tokens = torch.zeros(args.batch_size, P + R, dtype=torch.long)
         with Memory() as sampling, torch.no_grad():
             agent.policy(tokens, 1, use_cache=True)

@@ -395,7 +395,7 @@ def test_checkpoint_every(every, expected, monkeypatch):
         if target.name == "checkpoint.pt":
             data = checkpoint(target.parent)  # and all that it names is there already
             saved.append((data["stage"], data["step"]))
-        else:
+        elif target.name != "config.json":
             models.append((target.name, len(saved)))
 
     monkeypatch.setattr(os, "replace", spy)
@@ -542,11 +542,15 @@ def test_resume_bitexact_after_kill(functions, tmp_path, monkeypatch):
 
 
 def test_resume_of_a_finished_run_changes_nothing(finished):
+    """But that config.json says so."""
     before = {path: path.read_bytes() for path in finished.folder.iterdir()}
     args = parse("--resume", finished.folder)
     assert args == rlhf.Args(**TINY, seed=3, resume=str(finished.folder / "checkpoint.pt"))
     run = train(args=args)
-    assert {path: path.read_bytes() for path in finished.folder.iterdir()} == before
+    after = {path: path.read_bytes() for path in finished.folder.iterdir()}
+    configs = [json.loads(x.pop(finished.folder / "config.json")) for x in (before, after)]
+    assert after == before
+    assert configs[0] == {k: x for k, x in configs[1].items() if k not in ("resumed", "sent")}
     models = [weights(agent, "value_model") for agent in (run.agent, finished.agent)]
     assert same(*models)  # PPO is over: its value model is not kept
 
@@ -594,9 +598,16 @@ def test_resume_with_more_episodes(monkeypatch):
     ],
 )
 def test_resume_with_another_setting(flag, name, expected, monkeypatch):
+    """It counts from then on, and config.json has both, each with its time's versions."""
     run = stopped_in_ppo(monkeypatch, anneal_lr=False)
-    train(args=parse("--resume", run.folder, flag))
+    for _ in range(2):
+        train(args=parse("--resume", run.folder, flag))
     assert values(run.folder, name) == pytest.approx(expected)
+    config = json.loads((run.folder / "config.json").read_text())
+    setting, value = flag.removeprefix("--").replace("-", "_").split("=")
+    assert config[setting] == VERIFIABLE[setting]
+    assert [x[setting] for x in config["resumed"]] == [float(value)] * 2
+    assert config["resumed"][0].keys() == config.keys() - {"resumed", "sent"}
 
 
 # ------------------------------------------------------------------------------------------------
@@ -1131,12 +1142,12 @@ def test_checkpoint_that_does_not_fit(flag, uninterrupted, capsys):
     assert not list(Path().iterdir())
 
 
-@pytest.mark.parametrize("name", ["metrics.csv", "samples.jsonl"])
+@pytest.mark.parametrize("name", ["config.json", "metrics.csv", "samples.jsonl"])
 def test_resume_without_metrics(name, uninterrupted, capsys):
     shutil.copytree(uninterrupted.folder, "alone")
     Path("alone", name).unlink()
     line = error_line(capsys, rlhf.train, parse("--resume", Path("alone")))
-    assert "--resume needs metrics.csv and samples.jsonl beside the checkpoint" in line
+    assert line.startswith("error: a run needs a folder to write to: ")
     assert f"'alone/{name}'" in line
 
 
@@ -1643,6 +1654,37 @@ def test_wandb_run_goes_on(recorders, monkeypatch):
     assert second["name"] == run.folder.name
     logged = cells(recorders[0].rows + recorders[1].rows)
     assert logged == rows(run.folder, wall_clock=True)
+
+
+def test_wandb_gets_no_row_twice(recorders, monkeypatch):
+    """Rows logged between the last checkpoint and a kill are there already, after two kills, too.
+
+    The first comes in the sixth iteration, the second in the fifth, before the first's was reached.
+    """
+    log, kill_at = rlhf.Run.log, [48, 40, 0]
+
+    class KilledError(BaseException):
+        pass
+
+    def patched(run, global_step, metrics):
+        log(run, global_step, metrics)
+        if "ppo/lr" in metrics and global_step == kill_at[0]:
+            kill_at.pop(0)
+            raise KilledError
+
+    monkeypatch.setattr(rlhf.Run, "log", patched)
+    with pytest.raises(KilledError):
+        train(track=True, checkpoint_every=10, total_episodes=80)
+    (folder,) = Path().glob("runs/*")
+    with pytest.raises(KilledError):
+        train(args=parse("--resume", folder))
+    run = train(args=parse("--resume", folder))
+    first, second, third = (recorder.rows for recorder in recorders)
+    assert second == []
+    assert [x["global_step"] for x in first + third if "ppo/lr" in x] == [*range(8, 81, 8)]
+    assert [x["global_step"] for x in first + third if "samples" in x] == [8]
+    shown = [x for x in cells(first + third) if not x[1].startswith(("time/", "perf/"))]
+    assert shown == rows(run.folder)
 
 
 def test_wandb_that_refuses(recorders, monkeypatch, capsys):
