@@ -210,14 +210,14 @@ def load_long():
     for path in sorted((RESULTS / "long").glob("*/config.json")):
         with open(path.with_name("metrics.csv")) as file:
             metrics = columns(file)
-        steps = int(metrics["charts/SPS"][0][-1])
-        runs.append((json.loads(path.read_text()) | {"steps": steps}, metrics))
+        about = {"steps": int(metrics["charts/SPS"][0][-1]), "games": path.with_name("eval.csv")}
+        runs.append((json.loads(path.read_text()) | about, metrics))
     return runs
 
 
 def evaluated(config):
     """The returns that --evaluate has counted for a run, if it was called."""
-    path = RESULTS / f"{config.get('run_name')}.eval.csv"
+    path = config.get("games", RESULTS / f"{config.get('run_name')}.eval.csv")
     if not path.exists():
         return None
     with open(path) as file:
@@ -362,10 +362,10 @@ def page(runs, peers, long):
     for section, groups in SECTIONS.items():
         of_section = runs + long if section == "Atari" else runs
         lines += ["", f"## {section}", "", TEXTS[section], "", *table(section, of_section, peers)]
+        if missed := misses(groups, long if section == "Atari" else runs):  # at full length
+            lines += ["", missed]
         if section == "Atari":
             lines += ["", precisions(runs)]
-        elif missed := misses(groups, of_section):
-            lines += ["", missed]
         if absent := [name_of(x) for x in groups if not select(of_section, x.env_id, x.changes)]:
             lines += ["", f"Not run yet: {', '.join(absent)}."]
         lines += ["", f"![{section}: return over steps and time](results/{picture(section)})"]
