@@ -434,7 +434,7 @@ def effects(all_of_it: list[tuple], path: Path):
         "difference at the end, 95 % interval, in percent of what the unchanged script learns\n"
         "(hollow: no interval yet; arrow: it goes on)"
     )
-    axes.legend(fontsize=8, loc="lower left")
+    axes.legend(fontsize=8, loc="upper right")
     axes.grid(axis="x", alpha=0.3)
     figure.tight_layout()
     figure.savefig(path, dpi=110)

@@ -23,7 +23,8 @@ def classic(axis, runs, env_id, changes):
     axis.plot(steps, make_results.iqm(curves.T), "C0")
     if len(curves) > 2:
         axis.fill_between(steps, *make_results.interval(curves, 2000), alpha=0.25, lw=0)
-    of = " of 10" if "NoFrameskip" in env_id else ""  # where the references end
+    short = "NoFrameskip" in env_id and steps[-1] < 10  # where the references end
+    of = " of 10" if short else ""
     axis.set(title=env_id.removesuffix("NoFrameskip-v4"), xlabel=f"million steps{of}")
 
 

@@ -124,9 +124,9 @@ TEXTS = {
     "MuJoCo": "1,000,000 steps. "
     "`python ppo_continuous.py --env-id ENV --seed SEED --no-cuda --torch-threads 1`",
     "Atari": "Agent steps of four frames; the references are of 10,000,000, as is the run of\n"
-    "Breakout in bf16; [results/long](results/long) has its checkpoint and how to play it. The runs\n"
-    "of Pong are shorter and of older commits, whose random numbers were others: they say that it\n"
-    "learns, not where it ends.",
+    "Breakout, in bf16; [results/long](results/long) has its checkpoint and how to play it. The\n"
+    "runs of Pong are shorter and of older commits, whose random numbers were others: they say\n"
+    "that it learns, not where it ends.",
     "Time limits": "300,000 steps. `python ppo_continuous.py --env-id Pendulum-v1\n"
     "--total-timesteps 300000 --seed SEED --no-cuda --torch-threads 1`, once with\n"
     "`--no-bootstrap-truncation`. Every episode of Pendulum-v1 is cut off by its time limit. With\n"
