@@ -8,6 +8,7 @@ import gzip
 import math
 import re
 import sys
+import textwrap
 import tomllib
 from pathlib import Path
 from typing import NamedTuple
@@ -425,7 +426,7 @@ def effects(all_of_it: list[tuple], path: Path):
                 axes.plot(LIMITS[1], at, ">", color=colour, ms=6)
     for task in [x for x in ablate.TASKS if any(y.task == x for _, z in rows for y in z)]:
         axes.plot([], [], "o-", color=colours[task], label=task, ms=4)
-    names = [f"{x.detail}: {x.instead[:58]}" for x, _ in rows]
+    names = [f"{x.detail}: {textwrap.shorten(x.instead, 60, placeholder=' ...')}" for x, _ in rows]
     axes.set_yticks(range(len(rows)), names, size=8)
     axes.axvline(0, color="black", lw=0.8)
     axes.set_xlim(LIMITS[0] - 5, LIMITS[1] + 5)
@@ -456,7 +457,9 @@ def curves(all_of_it: list[tuple], path: Path):
         for ablation, _ in of_task:
             axes.plot(steps, mean_curve(task, ablation), color="0.8", lw=0.8)
         for ablation, _ in strong:
-            label = f"{ablation.detail}: {ablation.instead[:34]}"
+            label = (
+                f"{ablation.detail}: {textwrap.shorten(ablation.instead, 36, placeholder=' ...')}"
+            )
             axes.plot(steps, mean_curve(task, ablation), lw=1.4, label=label)
         axes.plot(steps, mean_curve(task, PLAIN), color="black", lw=2)
         language = measure(task) == GOLD
