@@ -1668,6 +1668,7 @@ def test_wandb_gets_no_row_twice(recorders, monkeypatch):
 
     def patched(run, global_step, metrics):
         log(run, global_step, metrics)
+        assert (run.folder / "metrics.csv").read_text().count("\n") == run.lines  # at once
         if "ppo/lr" in metrics and global_step == kill_at[0]:
             kill_at.pop(0)
             raise KilledError
