@@ -842,7 +842,6 @@ class Run:
             rows = self.metrics.read_text().splitlines()[1:]
             old = json.loads((self.folder / "config.json").read_text())
             self.sent = max([old.get("sent", -1), *(int(row.partition(",")[0]) for row in rows)])
-            os.truncate(self.metrics, self.bytes)  # nothing stands twice
             text = old | {"resumed": [*old.get("resumed", []), text], "sent": self.sent}
         else:
             for now in range(int(time.time()), sys.maxsize):  # never a folder that exists
@@ -856,6 +855,7 @@ class Run:
             self.bytes = self.metrics.write_text("global_step,time,name,value\n", newline="\n")
         (self.folder / "config.tmp").write_text(json.dumps(text, indent=2))
         os.replace(self.folder / "config.tmp", self.folder / "config.json")
+        os.truncate(self.metrics, self.bytes)  # nothing stands twice
         return config
 
     def film(self, folder: Path, names: list[str]):

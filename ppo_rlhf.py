@@ -1726,8 +1726,6 @@ class Run:
                 rows = (self.folder / FILES[0]).read_bytes()
                 self.lines = rows[: self.data["bytes"][0]].count(b"\n")
                 self.sent = max(old.get("sent", 0), rows.count(b"\n"))
-                for name, size in zip(FILES, self.data["bytes"], strict=True):
-                    os.truncate(self.folder / name, size)  # nothing stands twice
                 config = old | {"resumed": [*old.get("resumed", []), config], "sent": self.sent}
             else:
                 name = Path(args.model).name if args.model else args.task
@@ -1738,9 +1736,11 @@ class Run:
                         break
                 shutil.copy(__file__, self.folder)
                 (self.folder / FILES[0]).write_text("global_step,time,name,value\n")
-            self.files = [open(self.folder / name, "a", buffering=1) for name in FILES]  # lines
             (self.folder / "config.tmp").write_text(json.dumps(config, indent=2) + "\n")
             os.replace(self.folder / "config.tmp", self.folder / "config.json")
+            for name, size in zip(FILES, self.data.get("bytes", ()), strict=False):
+                os.truncate(self.folder / name, size)  # nothing stands twice
+            self.files = [open(self.folder / name, "a", buffering=1) for name in FILES]  # lines
         except (OSError, ValueError) as error:
             fail(f"a run needs a folder to write to: {error}")
 

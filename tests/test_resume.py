@@ -738,6 +738,9 @@ def test_a_wandb_run_goes_on_and_no_curve_runs_back(monkeypatch):
     class KilledError(BaseException):
         pass
 
+    def killed(*_):
+        raise KilledError
+
     def end_iteration(run, iteration, *rest):
         if iteration == 3 and run.args.resume:
             raise KilledError  # before it has written what the first had sent
@@ -753,6 +756,10 @@ def test_a_wandb_run_goes_on_and_no_curve_runs_back(monkeypatch):
         before = [row["global_step"] for row in sent]
         assert before[-1] == 96
         sent.clear()
+        for name in ("replace", "truncate"):  # killed while it takes the folder up again
+            with monkeypatch.context() as taken_up, pytest.raises(KilledError):
+                taken_up.setattr(os, name, killed)
+                resume("discrete", folder)
         with pytest.raises(KilledError):
             resume("discrete", folder)
     assert sent == []

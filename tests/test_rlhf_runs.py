@@ -1666,6 +1666,9 @@ def test_wandb_gets_no_row_twice(recorders, monkeypatch):
     class KilledError(BaseException):
         pass
 
+    def killed(*_):
+        raise KilledError
+
     def patched(run, global_step, metrics):
         log(run, global_step, metrics)
         assert (run.folder / "metrics.csv").read_text().count("\n") == run.lines  # at once
@@ -1677,6 +1680,10 @@ def test_wandb_gets_no_row_twice(recorders, monkeypatch):
     with pytest.raises(KilledError):
         train(track=True, checkpoint_every=10, total_episodes=80)
     (folder,) = Path().glob("runs/*")
+    for name in ("replace", "truncate"):  # killed while it takes the folder up again
+        with monkeypatch.context() as patch, pytest.raises(KilledError):
+            patch.setattr(os, name, killed)
+            train(args=parse("--resume", folder))
     with pytest.raises(KilledError):
         train(args=parse("--resume", folder))
     run = train(args=parse("--resume", folder))
