@@ -198,7 +198,7 @@ def number(x: float) -> str:
 def difference(x: Difference) -> str:
     """With two digits of its interval."""
     if not x.half:
-        return f"{x.difference:+.3g}"
+        return "+" * (x.difference > 0) + number(x.difference)
     digits = min(4, max(0, 1 - math.floor(math.log10(x.half))))
     return f"{x.difference:+,.{digits}f} ± {x.half:,.{digits}f}"
 
