@@ -106,3 +106,25 @@ def test_meta_notices_what_would_wait():
             wait()
     with pytest.raises(RuntimeError):
         x + torch.zeros(3)
+
+
+@pytest.mark.parametrize(
+    "script", [ppo_discrete, ppo_continuous, ppo_atari, ppo_atari_lstm, ppo_rlhf]
+)
+@pytest.mark.parametrize(
+    ("there", "wanted", "kind"), [(True, True, "cuda"), (True, False, "cpu"), (False, True, "cpu")]
+)
+def test_a_gpu_is_used_where_there_is_one(script, there, wanted, kind, monkeypatch):
+    class MovedError(Exception):
+        pass
+
+    def to(agent, device=None, **memory_format):
+        if device:
+            raise MovedError(device.type)
+        return agent
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: there)
+    monkeypatch.setattr(script.Agent, "to", to)
+    classic = {} if script is ppo_rlhf else {"num_envs": 1, "vectorization": "sync"}
+    with pytest.raises(MovedError, match=kind):
+        script.train(script.Args(cuda=wanted, **classic))
