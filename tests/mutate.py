@@ -17,8 +17,9 @@ a line with two tags is counted for both.
 Mutants of lines without a tag are drawn at random from the syntax trees of the scripts, all of them
 alike. No docstring, annotation, import, f-string or text of an error is changed: they are no
 behaviour. A mutant is tried against the tests that run its script, without those of learning, for
-ten minutes: quick ones that run its very line first. Which lines a test runs, also in the processes
-it starts, is written down beforehand, without any mutation; a test that fails then is left out.
+ten minutes: quick ones that run its very line first, or none, for they look at what imports leave.
+Which lines a test runs, also in the processes it starts, is written down beforehand, without any
+mutation; a test that fails then is left out.
 
 A vector is a file of docs/vectors/; its test computes it by the scripts. Each is tried with those
 mutants of the details it names whose line it runs, but for equivalent ones; the others are of
@@ -541,14 +542,14 @@ def named(mutant: Mutant, known: dict[str, tuple]) -> list[str]:
 
 
 def likely(mutant: Mutant, known: dict[str, tuple]) -> list[str]:
-    """Tests that run its script, for LIMIT seconds, quick ones that run its line first; a tenth of
-    them where it is known to be equivalent.
+    """Tests that run its script, or nothing, for LIMIT seconds, quick ones that run its line first;
+    a tenth of them where it is known to be equivalent.
     """
     costs = {}
     for test, (seconds, lines) in known.items():
-        if any(line.partition(":")[0] in mutant.edits for line in lines):
-            costs[test] = seconds * (1 if lines & mutant.places else 10)
-    tests = named(mutant, known) + sorted(costs, key=costs.get)
+        if not lines or any(line.partition(":")[0] in mutant.edits for line in lines):
+            costs[test] = seconds * (1 if not lines or lines & mutant.places else 10)
+    tests = [*dict.fromkeys(named(mutant, known) + sorted(costs, key=costs.get))]
     totals = itertools.accumulate(known[test][0] for test in tests)
     limit = LIMIT / 10 if mutant.why else LIMIT
     return [test for test, total in zip(tests, totals, strict=True) if total < limit]

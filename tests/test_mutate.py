@@ -327,8 +327,8 @@ def test_selection(monkeypatch, real):
 
 
 def test_tests_that_run_the_line_and_are_quick_come_first():
-    """Others of the script cost ten times as much; those of no test's script are not tried. Where
-    it is known to be equivalent, a tenth of them is.
+    """As do those that run nothing. Others of the script cost ten times as much; those of another
+    script are not tried. Where it is known to be equivalent, a tenth of them is.
     """
     mutant = mutate.Mutant("drop", "x", "pass", ["test_d"], edits={"ppo_a.py": []})
     mutant.places = {"ppo_a.py:3", "ppo_a.py:4"}
@@ -339,10 +339,11 @@ def test_tests_that_run_the_line_and_are_quick_come_first():
         "test_x.py::test_d": (50.0, set()),
         "test_x.py::test_e": (540.0, {"ppo_a.py:3", "ppo_b.py:3"}),
         "test_x.py::test_f": (5.0, {"ppo_a.py:1"}),
+        "test_x.py::test_g": (2.0, set()),
     }
-    assert [x[-1] for x in mutate.likely(mutant, known)] == ["d", "]", "a", "f"]
+    assert [x[-1] for x in mutate.likely(mutant, known)] == ["d", "g", "]", "a", "f"]
     mutant.why = "It is squared."
-    assert [x[-1] for x in mutate.likely(mutant, known)] == ["d", "]", "a"]
+    assert [x[-1] for x in mutate.likely(mutant, known)] == ["d", "g", "]", "a"]
     mutant.tests = ["test_a", "test_b[1]", "test_e"]
     assert [x[11:] for x in mutate.named(mutant, known)] == ["test_b[1]", "test_a", "test_e"]
     assert [x[11:] for x in mutate.of_vectors(mutant, known)] == ["test_a", "test_e"]
