@@ -87,9 +87,9 @@ PRELOADED += ["torch", "torch._dynamo", "torch.utils.tensorboard", "tqdm", "tyro
 PRELOADED += ["transformers", "peft", "datasets"]
 MODES = {"tagged": "Lines with a tag", "untagged": "Lines without a tag"}
 MODES |= {"vectors": "What each vector notices"}
-UNTAGGED = "atari continuous core discrete environments errors lstm numbers one_network places "
-UNTAGGED += "ranks reference resume runs vectors video watched rlhf rlhf_data rlhf_group rlhf_lora "
-UNTAGGED += "rlhf_models rlhf_ranks rlhf_runs"  # files of tests that run scripts, but to learn
+UNTAGGED = "atari continuous core discrete environments errors lstm numbers one_network placement "
+UNTAGGED += "places ranks reference resume runs vectors video watched rlhf rlhf_data rlhf_group "
+UNTAGGED += "rlhf_lora rlhf_models rlhf_ranks rlhf_runs"  # files that run scripts, but to learn
 LIMIT = 600  # seconds of tests that a mutant of a line without a tag is tried against
 VERDICTS = ["caught", "equivalent", "survived", "no test"]
 
