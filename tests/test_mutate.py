@@ -441,6 +441,16 @@ def test_each_vector_notices_mutants_of_its_details():
         assert noticed > 0, name
 
 
+def test_95_of_100_mutants_without_a_tag_are_caught():
+    """By the page. The others are listed with the reason why nothing can tell them apart."""
+    section = SECTIONS[mutate.MODES["untagged"]]
+    assert "--untagged 100 --seed 1 " in section
+    (row,) = re.findall(r"(?m)^\| all \| (.+) \|$", section)
+    mutants, caught, equivalent, survived, untested = map(int, row.split(" | "))
+    assert (mutants, survived, untested) == (100, 0, 0)
+    assert caught >= 95 and caught + equivalent == 100
+
+
 TRIAL = """
 import sys
 import mutate
