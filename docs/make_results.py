@@ -40,10 +40,12 @@ class Group(NamedTuple):
     baselines: tuple | None = None  # published, of openai/baselines: mean and deviation, if given
 
 
-MEMORY, BF16, FP32 = (
+SHORT = {"exp_name": "ppo_atari", "total_timesteps": 1_500_000}
+MEMORY, LONG, BF16, FP32 = (
     {"exp_name": "ppo_atari_lstm"},
-    {"exp_name": "ppo_atari", "precision": "bf16"},
-    {"exp_name": "ppo_atari", "precision": "fp32"},
+    {"exp_name": "ppo_atari", "total_timesteps": 10_000_000},
+    SHORT | {"precision": "bf16"},
+    SHORT | {"precision": "fp32"},
 )
 SECTIONS = {
     "Classic control": [
@@ -65,8 +67,9 @@ SECTIONS = {
     ],
     "Atari": [
         Group("BreakoutNoFrameskip-v4", {}, None, None, (414.66, 28.09), (405.73, 11.47)),
-        Group("PongNoFrameskip-v4", BF16, -18, -18, (20.36, 0.20), (20.45, 0.81)),
-        Group("PongNoFrameskip-v4", FP32, None, None, (20.36, 0.20), (20.45, 0.81)),
+        Group("PongNoFrameskip-v4", LONG, None, None, (20.36, 0.20), (20.45, 0.81)),
+        Group("PongNoFrameskip-v4", BF16, -18, -18),
+        Group("PongNoFrameskip-v4", FP32),
         Group("PongNoFrameskip-v4", MEMORY, None, None, (19.81, 0.62), (19.79, 0.67)),
     ],
     "Time limits": [
@@ -82,6 +85,8 @@ NOTES = {  # what sets the runs of a group apart, in words
     ("precision", "fp32"): "fp32",
     ("exp_name", "ppo_atari"): "no memory",
     ("exp_name", "ppo_atari_lstm"): "with memory, bf16",
+    ("total_timesteps", 1_500_000): "1.5M steps",
+    ("total_timesteps", 10_000_000): "10M steps, bf16",
 }
 INTRODUCTION = """# Results
 
@@ -124,9 +129,9 @@ TEXTS = {
     "MuJoCo": "1,000,000 steps. "
     "`python ppo_continuous.py --env-id ENV --seed SEED --no-cuda --torch-threads 1`",
     "Atari": "Agent steps of four frames; the references are of 10,000,000, as is the run of\n"
-    "Breakout, in bf16; [results/long](results/long) has its checkpoint and how to play it. The\n"
-    "runs of Pong are shorter and of older commits, whose random numbers were others: they say\n"
-    "that it learns, not where it ends.",
+    "Breakout, in bf16, and that of Pong, as far as it has come; [results/long](results/long) has\n"
+    "their checkpoints and how to play them or to go on. Other runs of Pong are shorter and of\n"
+    "older commits, whose random numbers were others: they say that it learns, not where it ends.",
     "Time limits": "300,000 steps. `python ppo_continuous.py --env-id Pendulum-v1\n"
     "--total-timesteps 300000 --seed SEED --no-cuda --torch-threads 1`, once with\n"
     "`--no-bootstrap-truncation`. Every episode of Pendulum-v1 is cut off by its time limit. With\n"
@@ -263,7 +268,7 @@ def select(runs, env_id, changes):
 
 def precisions(runs):
     """Pong where the shortest run ended, in a sentence."""
-    pong = select(runs, "PongNoFrameskip-v4", {"exp_name": "ppo_atari"})
+    pong = select(runs, "PongNoFrameskip-v4", SHORT)
     groups = {x: [run for run in pong if run[0]["precision"] == x] for x in ("bf16", "fp32")}
     until = min(config["steps"] for group in groups.values() for config, _ in group)
     scores = {
@@ -447,7 +452,7 @@ def plot(section, runs, peers):
         axes[0].set_title(task)
         axes[0].ticklabel_format(axis="x", style="sci", scilimits=(3, 3))
         for color, group in zip(
-            ("C0", "C1", "C2"), [g for g in groups if g.env_id == task], strict=False
+            ("C0", "C1", "C2", "C3"), [g for g in groups if g.env_id == task], strict=False
         ):
             label = ", ".join(NOTES[change] for change in group.changes.items()) or "ppo37"
             draw(axes, select(runs, task, group.changes), color, label)
