@@ -196,7 +196,7 @@ def number(x: float) -> str:
 
 
 def difference(x: Difference) -> str:
-    """With two digits of its interval."""
+    """With two digits of its interval, if it has one."""
     if not x.half:
         return "+" * (x.difference > 0) + number(x.difference)
     digits = min(4, max(0, 1 - math.floor(math.log10(x.half))))

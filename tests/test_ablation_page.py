@@ -123,8 +123,9 @@ def test_all_that_was_seen_is_said():
         (Difference(0, 0, 0.0219, 0.0031), "+0.0219 ± 0.0031"),
         (Difference(0, 0, -123.4, 45.6), "-123 ± 46"),
         (Difference(0, 0, 1234.0, 5.67), "+1,234.0 ± 5.7"),
-        (Difference(0, 0, -0.5, None), "-0.5"),
-        (Difference(0, 0, 0.0, 0.0), "+0"),
+        (Difference(0, 0, -0.5, None), "-0.50"),
+        (Difference(0, 0, 1361.2, None), "+1,361"),
+        (Difference(0, 0, 0.0, 0.0), "0.00"),
     ],
 )
 def test_differences_have_the_digits_of_their_interval(x, expected):
