@@ -684,6 +684,22 @@ def test_four_frames_are_ours_and_sticky_actions_the_registered_ones(env_id, sti
 
 
 @pytest.mark.parametrize("script", [ppo_atari, ppo_atari_lstm])
+def test_c1_games_go_on_side_by_side(script):
+    """Each of the N by four frames in each step, with an observation and a reward of its own."""
+    settings = {"env_id": "BreakoutNoFrameskip-v4", "num_envs": 3, "vectorization": "sync"}
+    envs = script.make_envs(script.Args(**settings))
+    envs.reset(seed=[1, 2, 3])
+    games = [env.unwrapped.ale for env in envs.envs]
+    before = np.array([game.getEpisodeFrameNumber() for game in games])
+    for step in range(1, 6):
+        obs, rewards, *_ = envs.step([NOOP, FIRE, RIGHT])
+        assert [game.getEpisodeFrameNumber() for game in games] == (before + 4 * step).tolist()
+        assert (len(obs), rewards.shape) == (3, (3,))
+    assert len({x.tobytes() for x in obs}) == 3
+    envs.close()
+
+
+@pytest.mark.parametrize("script", [ppo_atari, ppo_atari_lstm])
 def test_a_game_is_cut_off_at_its_limit_of_frames(script):
     """At 60 frames, within the four of a step: truncated, not terminated."""
     register("SixtyFrames-v0", max_num_frames_per_episode=60)
