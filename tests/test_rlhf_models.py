@@ -636,6 +636,9 @@ def test_exported_reward_model(kind, finished, files):
     assert ours.std() > 0.1
     torch.testing.assert_close(theirs, ours, rtol=0, atol=1e-5)
     one, other = tokenizer_of(folder), tokenizer_of(files / kind)
+    own = other.pad_token_id not in (None, *task.ends)  # padding that ends no text
+    assert one.pad_token == (other.pad_token if own else "<|padding|>")
+    assert len(one) == len(other) + (not own)
     assert one.chat_template == other.chat_template
     assert all(one(text).input_ids == other(text).input_ids for text in tiny.TEXTS)
 

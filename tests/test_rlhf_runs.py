@@ -1657,11 +1657,12 @@ def test_wandb_run_goes_on(recorders, monkeypatch):
 
 
 def test_wandb_gets_no_row_twice(recorders, monkeypatch):
-    """Rows logged between the last checkpoint and a kill are there already, after two kills, too.
+    """Rows logged between the last checkpoint and a kill are there already, after three kills, too.
 
-    The first comes in the sixth iteration, the second in the fifth, before the first's was reached.
+    The first comes when the first samples are logged, the second in the sixth iteration, the third
+    in the fifth, before the second's was reached.
     """
-    log, kill_at = rlhf.Run.log, [48, 40, 0]
+    log, log_samples, kill_at = rlhf.Run.log, rlhf.Run.log_samples, ["samples", 48, 40, 0]
 
     class KilledError(BaseException):
         pass
@@ -1676,10 +1677,19 @@ def test_wandb_gets_no_row_twice(recorders, monkeypatch):
             kill_at.pop(0)
             raise KilledError
 
+    def patched_samples(run, *values, **numbers):
+        log_samples(run, *values, **numbers)
+        if kill_at[0] == "samples":
+            kill_at.pop(0)
+            raise KilledError
+
     monkeypatch.setattr(rlhf.Run, "log", patched)
+    monkeypatch.setattr(rlhf.Run, "log_samples", patched_samples)
     with pytest.raises(KilledError):
         train(track=True, checkpoint_every=10, total_episodes=80)
     (folder,) = Path().glob("runs/*")
+    with pytest.raises(KilledError):
+        train(args=parse("--resume", folder))
     for name in ("replace", "truncate"):  # killed while it takes the folder up again
         with monkeypatch.context() as patch, pytest.raises(KilledError):
             patch.setattr(os, name, killed)
@@ -1687,11 +1697,12 @@ def test_wandb_gets_no_row_twice(recorders, monkeypatch):
     with pytest.raises(KilledError):
         train(args=parse("--resume", folder))
     run = train(args=parse("--resume", folder))
-    first, second, third = (recorder.rows for recorder in recorders)
-    assert second == []
-    assert [x["global_step"] for x in first + third if "ppo/lr" in x] == [*range(8, 81, 8)]
-    assert [x["global_step"] for x in first + third if "samples" in x] == [8]
-    shown = [x for x in cells(first + third) if not x[1].startswith(("time/", "perf/"))]
+    first, second, third, last = (recorder.rows for recorder in recorders)
+    assert third == []
+    sent = first + second + last
+    assert [x["global_step"] for x in sent if "ppo/lr" in x] == [*range(8, 81, 8)]
+    assert [x["global_step"] for x in sent if "samples" in x] == [8]
+    shown = [x for x in cells(sent) if not x[1].startswith(("time/", "perf/"))]
     assert shown == rows(run.folder)
 
 
