@@ -5,7 +5,7 @@
 
 Each docs/make_*.py is run as it is run alone. Those that have `pages()`, {path: text}, are
 compared. Vectors are not, for their numbers are right within a tolerance, which
-tests/test_vectors.py has. Not made here: mutations.md, by tests/mutate.py in a quarter of an hour,
+tests/test_vectors.py has. Not made here: mutations.md, by tests/mutate.py in up to an hour,
 and the first iterations in vectors/, by tests/test_reference.py.
 """
 

@@ -441,6 +441,17 @@ def test_each_vector_notices_mutants_of_its_details():
         assert noticed > 0, name
 
 
+def test_mutants_of_every_detail_are_caught(real):
+    """By the page, of all the details that the scripts have today."""
+    section = SECTIONS[mutate.MODES["tagged"]]
+    assert "`python tests/mutate.py --jobs " in section and "--sample" not in section
+    rows = re.findall(r"(?m)^\| (\w+) \| (\d+) \| (\d+) \| (\d+) \| 0 \| 0 \|$", section)
+    counts = {tag: list(map(int, numbers)) for tag, *numbers in rows}
+    assert {*counts} - {"none", "all"} == {tag for mutant in real[1] for tag in mutant.tags}
+    for tag, (mutants, caught, equivalent) in counts.items():
+        assert mutants == caught + equivalent and caught > 0, tag
+
+
 def test_95_of_100_mutants_without_a_tag_are_caught():
     """By the page. The others are listed with the reason why nothing can tell them apart."""
     section = SECTIONS[mutate.MODES["untagged"]]
