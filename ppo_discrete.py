@@ -40,6 +40,7 @@ import re
 import signal
 import sys
 import time
+from multiprocessing.connection import wait
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Annotated, Literal, get_args, get_type_hints
@@ -645,7 +646,7 @@ class Watched(gym.Wrapper):
         name, all_games = f"{self.film[0]}game-{self.game}", self.film[1]
         if all_games or round(self.game ** (1 / 3)) ** 3 == self.game:
             try:
-                picture = np.ascontiguousarray(self.env.render())
+                picture = np.ascontiguousarray(self.env.render(), np.uint8)
             except Exception as error:
                 self.fault(f"no picture, MuJoCo takes them by EGL or OSMesa (libegl1): {error}")
             if self.writer is None:
@@ -700,18 +701,12 @@ class Processes(gym.vector.AsyncVectorEnv):
     def __init__(self, make_envs, timeout, **how):
         self.timeout, self.steps, self.parent_pipes, self.processes = timeout, 0, [], []
         atexit.register(self.close)  # or multiprocessing waits for the processes for ever
-        try:
-            super().__init__(make_envs, worker=worker, **how)
-        except (EOFError, ConnectionError):
-            self.close()  # after what they have to say
-            raise gym.error.Error("an environment cannot be made in its process") from None
+        self.answers_to(super().__init__, make_envs, worker=worker, **how)
+        self.reset = functools.partial(self.answers_to, super().reset)
         gym.logger.min_level = 50  # its log of what a process raises fails at a % in it
         for process in self.processes:  # or Linux wakes them one by one on the same core
             with contextlib.suppress(AttributeError, OSError):
                 os.sched_setscheduler(process.pid, os.SCHED_BATCH, os.sched_param(0))
-
-    def reset(self, **kwargs):
-        return self.answers_to(super().reset, **kwargs)
 
     def step(self, actions):
         self.steps += 1
@@ -720,10 +715,18 @@ class Processes(gym.vector.AsyncVectorEnv):
     def answers_to(self, question, *args, **kwargs):
         try:
             return question(*args, **kwargs)
-        except (EOFError, ConnectionError):
-            dead = [i for i, x in enumerate(self.processes) if x.join(0.1) or not x.is_alive()]
-            what = f"its process has ended, exit code {self.processes[dead[0]].exitcode}"
-            raise gym.error.Error(f"environment {dead[0]}, step {self.steps}: {what}") from None
+        except (EOFError, OSError):
+            started = {x.sentinel: i for i, x in enumerate(self.processes) if x.pid}
+            ended = sorted(started[x] for x in wait(started, 1))
+            self.close()  # after what they have to say
+            for i in ended:
+                what = f"its process has ended, exit code {self.processes[i].exitcode}"
+                raise gym.error.Error(f"environment {i}, step {self.steps}: {what}") from None
+            raise
+
+    def _check_spaces(self):
+        self.get_attr("i")  # waits until they are made, no longer than for a step
+        super()._check_spaces()
 
     def _poll_pipe_envs(self, timeout=None):
         end = time.monotonic() + min(self.timeout, 1e6)
@@ -767,34 +770,33 @@ def lockstep(wrapped, args: Args) -> gym.vector.VectorEnv:
 class Run:
     """What a run leaves behind: config.json, metrics.csv, checkpoint.pt, a copy of this script."""
 
-    now = None  # the run of this process
+    now = folder = metrics = checkpoint = wandb = None  # now: the run of this process
 
     def __init__(self, args: Args, device: torch.device, envs, saved: dict):
-        self.args, self.envs, self.folder, Run.now = args, envs, None, self
+        self.args, self.envs, Run.now = args, envs, self
         self.rank, self.ranks = rank_of()
         self.saved = {name: value for name, value in saved.items() if value is not None}
-        self.checkpoint, self.wandb, self.signal = None, None, 0
-        self.rows, self.handlers, self.sent, self.bar = [], {}, -1, tqdm(disable=True)
+        self.rows, self.handlers, self.signal, self.bar = [], {}, 0, tqdm(disable=True)
         data = {"iteration": 0, "seconds": 0.0, "last_returns": []}
         if path := args.resume or args.evaluate:
             data = self.restore(load_checkpoint(path))
-        self.iteration, self.last_returns = data["iteration"], data["last_returns"]
-        done = self.iteration * args.batch_size
+        self.iteration, self.wandb_id, self.sent = data["iteration"], data.get("wandb_id"), -1
+        self.last_returns, done = data["last_returns"], self.iteration * args.batch_size
         if args.evaluate:
-            self.iteration = args.num_iterations  # nothing is left to be learned
+            self.iteration = sys.maxsize  # nothing is left to be learned
             return
         if self.rank == 0:
             try:
                 config = self.open_folder(device, data)
-            except OSError as error:
+            except (OSError, ValueError) as error:
                 fail(f"a run needs a folder to write to: {error}")
-            self.film(self.folder, [f"step-{done}-"])
+            self.film([f"step-{done}-"])
         self.folder = of_all_ranks(self.folder)[0]
         if args.track and self.rank == 0:
             import wandb
 
             names = {"project": args.wandb_project_name, "entity": args.wandb_entity}
-            names |= {"name": self.name, "id": data.get("wandb_id"), "resume": "allow"}
+            names |= {"name": self.name, "id": self.wandb_id, "resume": "allow"}
             try:
                 self.wandb = wandb.init(**names, config=config, save_code=True)
             except wandb.Error as error:
@@ -809,7 +811,7 @@ class Run:
 
     def restore(self, data: dict) -> dict:
         """Everything that is saved as it was in a checkpoint."""
-        self.checkpoint = data["path"]
+        self.checkpoint, self.folder = data["path"], data["path"].parent
         rates = self.saved["optimizer"].param_groups[0]["lr"]  # the tensor that is filled
         try:
             for name, x in self.saved.items():
@@ -826,11 +828,11 @@ class Run:
         config |= {f"env_kwargs/{k}": v for k, v in json.loads(args.env_kwargs).items()}
         text = config | origin(device)
         if args.resume:
-            self.folder, self.name = self.checkpoint.parent, data["name"]
+            self.name = data["name"]
             self.metrics, self.bytes = self.folder / "metrics.csv", data["metrics_bytes"]
-            rows = self.metrics.read_text().splitlines()[1:]
+            steps = re.findall(r"(?m)^(\d+),", self.metrics.read_text()) * data["args"]["track"]
             old = json.loads((self.folder / "config.json").read_text())
-            self.sent = max([old.get("sent", -1), *(int(row.partition(",")[0]) for row in rows)])
+            self.sent = max([old.get("sent", -1), *map(int, steps)])
             text = old | {"resumed": [*old.get("resumed", []), text], "sent": self.sent}
         else:
             for now in range(int(time.time()), sys.maxsize):  # never a folder that exists
@@ -847,9 +849,9 @@ class Run:
         os.truncate(self.metrics, self.bytes)  # nothing stands twice
         return config
 
-    def film(self, folder: Path, names: list[str]):
+    def film(self, names: list[str]):
         """Tell as many environments how the names of their videos begin."""
-        self.videos = folder / "videos"
+        self.videos = self.folder / "videos"
         self.uploaded = set(self.videos.glob("*.mp4"))  # before the run was resumed
         if self.args.capture_video:
             self.videos.mkdir(exist_ok=True)
@@ -867,15 +869,18 @@ class Run:
         """A row for each metric in metrics.csv; in W&B one for all of them, and finished videos."""
         rows = [(step, t, name, x) for step, t, row in self.rows for name, x in row.items()]
         text = "".join(f"{step},{t:.3f},{name},{x:.9g}\n" for step, t, name, x in rows)
-        with open(self.metrics, "a", newline="\n") as file:
-            file.write(text)
-        self.bytes += len(text)
+        try:
+            with open(self.metrics, "a", newline="\n") as file:
+                file.write(text)
+            self.bytes += len(text)
+        finally:
+            os.truncate(self.metrics, self.bytes)  # no half row, though the disk may be full
         for step, _, row in self.rows:
             if self.wandb and step > self.sent:  # not before the run was resumed
                 self.wandb.log({"global_step": step} | row)
-        for x in {*self.videos.glob("*[0-9].mp4")} - self.uploaded if self.wandb and rows else ():
+        for x in {*self.videos.glob("s*[0-9].mp4")} - self.uploaded if self.wandb and rows else ():
             video = sys.modules["wandb"].Video(str(x))
-            self.wandb.log({"global_step": step, x.stem: video})
+            self.wandb.log({"global_step": max(step, self.sent), x.stem: video})
             self.uploaded.add(x)
 
     def log_episodes(self, global_step: int, info: dict):
@@ -894,11 +899,10 @@ class Run:
         """Fail, all files whole."""
         self.bar.close()
         self.envs.close()
-        if self.folder and self.rank == 0:
-            with contextlib.suppress(OSError):
+        if self.metrics:  # of the first rank
+            with contextlib.suppress(OSError):  # the disk may be full, or the folder gone
+                (self.folder / "checkpoint.tmp").unlink(missing_ok=True)
                 self.write()
-            os.truncate(self.metrics, self.bytes)  # the disk may be full
-            (self.folder / "checkpoint.tmp").unlink(missing_ok=True)
         fail(f"{message}; last good checkpoint: {self.checkpoint or 'none yet'}")
 
     def end_iteration(self, iteration: int, global_step: int, metrics: dict):
@@ -906,14 +910,13 @@ class Run:
         weights = nn.utils.get_total_norm(self.saved["agent"].parameters())
         self.check_finite(global_step, weights=weights.item())
         speed = int(global_step / (time.time() - self.start_time))
-        metrics = {k: float(x) for k, x in metrics.items() if x is not None}
+        metrics = {k: float(x) for k, x in metrics.items() if x is not None} | {"charts/SPS": speed}
         ranks = of_all_ranks((self.signal, self.rows, metrics))
         asked = max(number for number, _, _ in ranks)  # a signal that comes now: next time
         self.rows = sorted((row for _, rows, _ in ranks for row in rows), key=lambda row: row[0])
         returns = [row["charts/episodic_return"] for _, _, row in self.rows]
         self.last_returns = [*self.last_returns, *returns][-100:]
         means = {k: sum(x[k] for _, _, x in ranks) / len(ranks) for k in metrics}
-        means |= {"charts/SPS": speed}
         mean_return = sum(self.last_returns) / max(1, len(self.last_returns))
         means |= {"charts/mean_episodic_return": mean_return} if self.last_returns else {}
         self.rows.append((global_step, time.time() - self.start_time, means))
@@ -941,7 +944,7 @@ class Run:
         data = {"version": 1, "name": self.name, "iteration": iteration, "args": args}
         data |= {"seconds": time.time() - self.start_time, "last_returns": self.last_returns}
         data |= {"metrics_bytes": self.bytes, "global_step": iteration * self.args.batch_size}
-        data |= {"wandb_id": self.wandb and self.wandb.id}
+        data |= {"wandb_id": self.wandb.id if self.wandb else self.wandb_id}
         data |= {k: x if torch.is_tensor(x) else x.state_dict() for k, x in self.saved.items()}
         with open(self.folder / "checkpoint.tmp", "wb") as file, open(self.metrics, "a") as rows:
             os.fsync(rows.fileno())  # what the checkpoint counts on
@@ -960,24 +963,22 @@ class Run:
         rng = np.random.default_rng(seeds)
         if self.args.deterministic:  # without noise, the mode
             rng = SimpleNamespace(gumbel=lambda size: 0.0, standard_normal=lambda size: 0.0)
-        self.film(self.checkpoint.parent, [f"evaluation-{i}-" for i in range(min(N, E))])
+        self.film([f"evaluation-{i}-" for i in range(min(N, E))])
         obs, _ = envs.reset(seed=seeds.generate_state(N).tolist())
         act, games = self.saved["agent"].rollout_policy(rng), []
-        left = [E // N + (i < E % N) for i in range(N)]
-        start = time.time()
+        left, start = [E // N + (i < E % N) for i in range(N)], time.time()
         while any(left):  # as many of each environment, or short ones would count more
             obs, _, _, _, info = envs.step(act(obs))
             for i, score, length in finished(info):
                 if left[i]:
                     left[i] -= 1
                     games.append((i, score, length))
-        header = "environment,episodic_return,episodic_length"
-        path = self.checkpoint.parent / "eval.csv"
-        np.savetxt(path, games, "%.9g", ",", header=header, comments="")
         say(f"{E} episodes, {E / (time.time() - start):.2f} a second")
         for name, x in zip(("return", "length"), np.transpose(games)[1:], strict=True):
             numbers = (np.mean, np.std, np.median, np.min, np.max)
             say(f"{name:7}", *(f"{number.__name__} {number(x):.2f}" for number in numbers))
+        header = "environment,episodic_return,episodic_length"
+        np.savetxt(self.folder / "eval.csv", games, "%.9g", ",", header=header, comments="")
         envs.close()
 
     def close(self, number=0):
@@ -994,7 +995,7 @@ class Run:
         say(f"written to {self.folder}")
         if code:
             start = "python" if self.ranks == 1 else f"torchrun --nproc_per_node={self.ranks}"
-            say(f"to go on: {start} {sys.argv[0]} --resume '{self.folder}'")
+            say(f"to go on: {start} {sys.argv[0]} --resume {str(self.folder)!r}")
             sys.exit(code)
 
 

@@ -1725,7 +1725,7 @@ class Run:
                 old = json.loads((self.folder / "config.json").read_text())
                 rows = (self.folder / FILES[0]).read_bytes()
                 self.lines = rows[: self.data["bytes"][0]].count(b"\n")
-                self.sent = max(old.get("sent", 0), rows.count(b"\n"))
+                self.sent = max(old.get("sent", 0), rows.count(b"\n") * self.data["args"]["track"])
                 config = old | {"resumed": [*old.get("resumed", []), config], "sent": self.sent}
             else:
                 name = Path(args.model).name if args.model else args.task
@@ -1878,7 +1878,7 @@ class Run:
         data |= {"models": {name: models[name] for name in learn if name in models}}
         data |= {"numbers": self.numbers, "seconds": time.time() - self.start_time}
         data |= {"frozen": self.frozen, "bytes": [x.tell() for x in self.files if self.rank == 0]}
-        data |= {"wandb_id": self.wandb.id} if self.wandb else {}
+        data |= {"wandb_id": self.wandb.id if self.wandb else self.data.get("wandb_id")}
         data |= {"optimizer": whole(self.optimizer.state_dict())} if self.optimizer else {}
         self.checkpoint = self.write("checkpoint.pt", data)
 

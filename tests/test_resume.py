@@ -245,9 +245,10 @@ def resumed():
     return -1
 
 
-def killed_again_and_again(times):
+def killed_again_and_again(times, iterations):
     rng = np.random.default_rng(times)
-    flags = ["--total-timesteps", "64000", "--checkpoint-every", "3"]
+    total = 128 * iterations
+    flags = ["--total-timesteps", str(total), "--checkpoint-every", "3"]
     process = start(*flags)
     for n in range(times):
         end = time.time() + 60
@@ -255,28 +256,28 @@ def killed_again_and_again(times):
             time.sleep(0.05)
         time.sleep(rng.uniform(0.0, 0.5))
         process.kill()
-        process.wait()
+        assert process.wait() == -signal.SIGKILL
         (folder,) = Path().glob("runs/*")
         process = start("--resume", str(folder))
     stdout, stderr = process.communicate(timeout=100)
     assert process.returncode == 0, stderr
     assert stdout.splitlines()[-1] == f"written to {folder}"
     steps = [step for step, metric, _ in rows(folder) if metric == "losses/loss"]
-    assert steps == list(range(128, 64001, 128))
+    assert steps == list(range(128, total + 1, 128))
     (rate,) = {
-        x for step, metric, x in rows(folder) if (step, metric) == (64000, "charts/learning_rate")
+        x for step, metric, x in rows(folder) if (step, metric) == (total, "charts/learning_rate")
     }
-    assert float(rate) == pytest.approx(2.5e-4 / 500)
+    assert float(rate) == pytest.approx(2.5e-4 / iterations)
     assert resumed() == times
 
 
 def test_killed_three_times():
-    killed_again_and_again(3)
+    killed_again_and_again(3, iterations=200)
 
 
 @pytest.mark.slow
 def test_killed_twenty_times():
-    killed_again_and_again(20)
+    killed_again_and_again(20, iterations=500)
 
 
 def test_killed_in_the_middle_of_a_save(monkeypatch):
@@ -378,6 +379,141 @@ def test_metrics_are_whole_where_the_disk_is_full(tmp_path):
     (folder,) = Path().glob("runs/*")
     assert len(rows(folder)) > 100
     assert (folder / "metrics.csv").read_bytes().endswith(b"\n")
+
+
+def stopped(function, *args, error=OSError, **kwargs):
+    """As the end of the script does where something cannot be written."""
+    with pytest.raises(error) as caught:
+        function(*args, **kwargs)
+    with pytest.raises(SystemExit) as ended:
+        ppo_discrete.Run.now.stop(f"cannot be written to: {caught.value}")
+    assert ended.value.code == 2
+
+
+class Full:
+    """A file on a disk that is full in the middle of a text."""
+
+    def __init__(self, file):
+        self.file = file
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        self.file.close()
+
+    def write(self, text):
+        self.file.write(text[: len(text) // 2])
+        raise OSError(28, "No space left on device")
+
+
+@pytest.mark.slow
+def test_writing_a_checkpoint_takes_less_than_a_percent(monkeypatch):
+    """Of the time between two, here of an Atari run as it is by default, but for compilation."""
+    written, ends, save = [], [], ppo_atari.Run.save_checkpoint
+    end_iteration = ppo_atari.Run.end_iteration
+
+    def timed(run, iteration):
+        start = time.perf_counter()
+        save(run, iteration)
+        written.append(time.perf_counter() - start)
+
+    def end(run, *rest):
+        ends.append(time.perf_counter())
+        end_iteration(run, *rest)
+
+    monkeypatch.setattr(ppo_atari.Run, "save_checkpoint", timed)
+    monkeypatch.setattr(ppo_atari.Run, "end_iteration", end)
+    default = ppo_atari.Args(
+        cuda=False, compile=False, checkpoint_every=1, total_timesteps=6 * 1024
+    )
+    ppo_atari.train(default)
+    iteration = np.median(np.diff(ends)) - np.median(written)
+    assert np.median(written) < 0.01 * ppo_atari.Args.checkpoint_every * iteration
+
+
+@pytest.mark.parametrize("for_good", [False, True])
+def test_metrics_are_whole_where_the_disk_is_full_for_a_moment(for_good, monkeypatch):
+    """The rows of the iteration that could not be written are there once, or not at all."""
+    train("discrete", exp_name="whole")
+    opened = []
+
+    def full(path, mode="r", **kwargs):
+        file = open(path, mode, **kwargs)
+        opened.append(mode == "a" and kwargs != {})
+        third = opened.count(True) == 3 or (for_good and opened.count(True) > 3)
+        return Full(file) if opened[-1] and third else file
+
+    monkeypatch.setattr(ppo_discrete, "open", full, raising=False)
+    stopped(train, "discrete")
+    whole, partly = (rows(next(Path().glob(f"runs/*__{x}__*"))) for x in ("whole", "ppo_discrete"))
+    last = 64 if for_good else 96
+    without_times = [row for row in whole if row[0] <= last]
+    assert [row[:2] for row in partly] == [row[:2] for row in without_times]
+
+
+def test_a_folder_that_is_gone(monkeypatch, capsys):
+    ends = ppo_discrete.Run.end_iteration
+
+    def end_iteration(run, iteration, *rest):
+        if iteration == 3:
+            shutil.rmtree(run.folder)
+        ends(run, iteration, *rest)
+
+    monkeypatch.setattr(ppo_discrete.Run, "end_iteration", end_iteration)
+    stopped(train, "discrete")
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "metrics.csv" in line
+
+
+@pytest.mark.parametrize("mode", ["a", "wb"])
+def test_a_folder_that_is_read_only_now(mode, monkeypatch, capsys):
+    """Rows and checkpoint as they were before."""
+    folder = interrupted("discrete", monkeypatch)
+    before = (folder / "checkpoint.pt").read_bytes(), (folder / "metrics.csv").read_bytes()
+
+    def read_only(path, how="r", **kwargs):
+        if how == mode:
+            raise OSError(30, "Read-only file system", str(path))
+        return open(path, how, **kwargs)
+
+    monkeypatch.setattr(ppo_discrete, "open", read_only, raising=False)
+    capsys.readouterr()
+    stopped(resume, "discrete", folder)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "Read-only file system" in line
+    assert line.endswith(f"; last good checkpoint: {folder}/checkpoint.pt")
+    assert (folder / "checkpoint.pt").read_bytes() == before[0]
+    assert (folder / "metrics.csv").read_bytes().startswith(before[1])
+    assert rows(folder)
+
+
+def test_a_folder_that_is_read_only_when_a_run_goes_on(monkeypatch, capsys):
+    folder = interrupted("discrete", monkeypatch)
+
+    def read_only(path, text, **kwargs):
+        raise OSError(30, "Read-only file system", str(path))
+
+    monkeypatch.setattr(Path, "write_text", read_only)
+    capsys.readouterr()
+    line = error_line(capsys, resume, "discrete", folder)
+    assert line.startswith("error: a run needs a folder to write to: ")
+
+
+def test_what_a_power_cut_may_leave(monkeypatch, capsys):
+    """Rows behind the checkpoint that are half or empty are no matter; a lost config.json is."""
+    folder = interrupted("discrete", monkeypatch, track=False)
+    whole = (folder / "metrics.csv").read_bytes()
+    for rest in (b"\n", b"160,1.5", b"\0" * 50, b"160,1.2,losses/loss,0.1\n\n1"):
+        (folder / "metrics.csv").write_bytes(whole + rest)
+        copy = Path(shutil.copytree(folder, f"copy-{len(rest)}"))
+        resume("discrete", copy)
+        steps = [step for step, metric, _ in rows(copy) if metric == "losses/loss"]
+        assert steps == [32, 64, 96, 128, 160, 192]
+    (folder / "config.json").write_text("")
+    capsys.readouterr()
+    line = error_line(capsys, resume, "discrete", folder)
+    assert line.startswith("error: a run needs a folder to write to: ")
 
 
 # ------------------------------------------------------------------------------------------------
@@ -486,17 +622,20 @@ def children(process):
 
 
 @pytest.mark.parametrize(
-    ("number", "everyone"),
+    ("number", "everyone", "name"),
     [
-        (signal.SIGINT, True),
-        (signal.SIGTERM, False),
-        pytest.param(signal.SIGINT, False, marks=pytest.mark.slow),
-        pytest.param(signal.SIGTERM, True, marks=pytest.mark.slow),
+        (signal.SIGINT, True, "discrete"),
+        (signal.SIGTERM, False, "discrete"),
+        pytest.param(signal.SIGINT, False, "discrete", marks=pytest.mark.slow),
+        pytest.param(signal.SIGTERM, True, "discrete", marks=pytest.mark.slow),
+        pytest.param(signal.SIGINT, True, "atari", marks=pytest.mark.slow),
+        pytest.param(signal.SIGTERM, False, "atari", marks=pytest.mark.slow),
     ],
 )
-def test_a_signal_ends_a_run_after_its_iteration(number, everyone):
+def test_a_signal_ends_a_run_after_its_iteration(number, everyone, name):
     """With a checkpoint, the command to go on and the signal as exit code; nobody is left over."""
-    process = start("--total-timesteps", "10000000", "--vectorization", "async")
+    flags = ["--total-timesteps", "10000000", "--vectorization", "async", "--env-id"]
+    process = start(*flags, SCRIPTS[name][1], script=name)
     while not list(Path().glob("runs/*/metrics.csv")):
         time.sleep(0.05)
     time.sleep(1.0)
@@ -507,9 +646,31 @@ def test_a_signal_ends_a_run_after_its_iteration(number, everyone):
     (folder,) = Path().glob("runs/*")
     *_, written, command = stdout.splitlines()
     assert written == f"written to {folder}"
-    assert command == f"to go on: python {ROOT / 'ppo_discrete.py'} --resume '{folder}'"
+    assert command == f"to go on: python {ROOT / f'ppo_{name}.py'} --resume '{folder}'"
     saved = torch.load(folder / "checkpoint.pt", weights_only=True)
     assert rows(folder)[-1][0] == saved["global_step"] > 0
+    assert children(process) == []
+
+
+@pytest.mark.slow
+def test_a_signal_while_the_first_iteration_compiles(tmp_path):
+    """Nothing was compiled before on this machine, as it were."""
+    command = [sys.executable, ROOT / "ppo_discrete.py", "--total-timesteps", "10000000"]
+    fresh = os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
+    fresh.pop("TORCHDYNAMO_DISABLE", None)
+    how = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "env": fresh}
+    process = subprocess.Popen([*command, "--no-cuda"], start_new_session=True, **how)
+    while not list(Path().glob("runs/*/metrics.csv")):
+        time.sleep(0.05)
+    time.sleep(1.0)
+    (folder,) = Path().glob("runs/*")
+    assert not rows(folder)
+    os.killpg(process.pid, signal.SIGINT)
+    stdout, stderr = process.communicate(timeout=300)
+    assert (process.returncode, stderr) == (130, "")
+    assert stdout.splitlines()[-1].startswith("to go on: ")
+    assert torch.load(folder / "checkpoint.pt", weights_only=True)["iteration"] == 1
+    assert (tmp_path / "cache").exists()
     assert children(process) == []
 
 
@@ -600,6 +761,7 @@ FAULTS = {
     "dies": ("os._exit(3)", "environment [01], step 200: its process has ended, exit code 3"),
     "is killed": ("os.kill(os.getpid(), 9)", "environment [01], step 200: its process .* code -9"),
     "hangs": ("time.sleep(1000)", "environment 0, step 200: no answer in 2 seconds, --env-timeout"),
+    "closes its pipe": ("os.closerange(3, 256)", "environment [01], step 200: its process has"),
     "raises": ("raise OSError('100%', 2)", r"Fault-v0, environment [01], step 200: OSError: "),
 }
 
@@ -614,7 +776,9 @@ def failure(*flags, **kwargs):
 
 
 @pytest.mark.parametrize(
-    "name", ["dies", "hangs", "raises", pytest.param("is killed", marks=pytest.mark.slow)]
+    "name",
+    ["dies", "hangs", "raises"]
+    + [pytest.param(x, marks=pytest.mark.slow) for x in ("is killed", "closes its pipe")],
 )
 def test_an_environment_that_fails_ends_the_run(name):
     """In one line, with its index, the step and the last good checkpoint; nobody is left over."""
@@ -654,17 +818,25 @@ def test_no_time_limit_for_a_step():
     envs.close()
 
 
-def test_an_environment_that_cannot_be_made_in_its_process():
+@pytest.mark.parametrize(
+    ("what", "words"),
+    [
+        ("raise KeyError('no licence')", "its process has ended, exit code 1"),
+        ("time.sleep(1000)", "no answer in 2 seconds, --env-timeout"),
+    ],
+)
+def test_an_environment_that_cannot_be_made_in_its_process(what, words):
     """What happened there, then one line; nobody is left over."""
     source = FAULT.format(what="pass").replace(
         "    steps = 0\n",
         "    steps = 0\n\n    def __init__(self):\n        import multiprocessing\n"
-        "        if multiprocessing.parent_process():\n            raise KeyError('no licence')\n",
+        f"        if multiprocessing.parent_process():\n            {what}\n",
     )
     Path("fault.py").write_text(source)
-    stderr = failure("--env-id", "fault:Fault-v0", "--vectorization", "async")
-    assert "KeyError: 'no licence'" in stderr
-    assert stderr.splitlines()[-1] == "error: an environment cannot be made in its process"
+    flags = ["--env-id", "fault:Fault-v0", "--vectorization", "async", "--env-timeout", "2"]
+    stderr = failure(*flags)
+    assert ("KeyError: 'no licence'" in stderr) == ("licence" in what)
+    assert re.fullmatch(f"error: environment [01], step 0: {words}", stderr.splitlines()[-1])
 
 
 @pytest.mark.slow
@@ -718,21 +890,49 @@ def test_ten_thousand_episodes_leave_nothing_behind(monkeypatch):
 # W&B
 
 
-def test_a_wandb_run_goes_on_and_no_curve_runs_back(monkeypatch):
-    """Under its id; steps that were sent before the kill are not sent again."""
-    calls, sent = [], []
+class FakeWandb(SimpleNamespace):
+    """What is asked of wandb.init, and what is logged."""
 
-    class FakeError(Exception):
+    class Error(Exception):
         pass
 
-    def init(**kwargs):
-        calls.append(kwargs)
-        return SimpleNamespace(
-            id="abc", log=sent.append, finish=lambda **kw: None, define_metric=lambda *a, **kw: None
-        )
+    __spec__ = True
 
-    fake = SimpleNamespace(init=init, Error=FakeError, __spec__=True)
-    monkeypatch.setitem(sys.modules, "wandb", fake)
+    def __init__(self):
+        super().__init__(calls=[], sent=[])
+
+    def init(self, **kwargs):
+        self.calls.append(kwargs)
+        nothing = lambda *a, **kw: None  # noqa: E731
+        name = kwargs["id"] or f"new-{len(self.calls)}"
+        return SimpleNamespace(id=name, log=self.sent.append, finish=nothing, define_metric=nothing)
+
+
+def test_a_wandb_run_is_found_again_after_a_part_without_it(monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", fake := FakeWandb())
+    _, folder = train("discrete", track=True)
+    resume("discrete", folder, "--total-timesteps", "256", "--no-track")
+    assert len(fake.calls) == 1
+    resume("discrete", folder, "--total-timesteps", "320", "--track")
+    assert [call["id"] for call in fake.calls] == [None, "new-1"]
+    steps = [row["global_step"] for row in fake.sent if "losses/loss" in row]
+    assert steps == [32, 64, 96, 128, 160, 192, 288, 320]
+
+
+def test_wandb_gets_all_that_follows_a_run_without_it_that_was_killed(monkeypatch):
+    """Rows behind its checkpoint were never sent."""
+    monkeypatch.setitem(sys.modules, "wandb", fake := FakeWandb())
+    folder = interrupted("discrete", monkeypatch)
+    with open(folder / "metrics.csv", "a") as file:
+        file.write("160,1.0,losses/loss,0.1\n")
+    resume("discrete", folder, "--track")
+    assert [row["global_step"] for row in fake.sent if "losses/loss" in row] == [160, 192]
+
+
+def test_a_wandb_run_goes_on_and_no_curve_runs_back(monkeypatch):
+    """Under its id; steps that were sent before the kill are not sent again."""
+    monkeypatch.setitem(sys.modules, "wandb", fake := FakeWandb())
+    calls, sent = fake.calls, fake.sent
     ends = ppo_discrete.Run.end_iteration
 
     class KilledError(BaseException):
@@ -767,7 +967,7 @@ def test_a_wandb_run_goes_on_and_no_curve_runs_back(monkeypatch):
     assert calls[0]["id"] is None
     for call in calls[1:]:
         again = call["id"], call["resume"], call["name"]
-        assert again == ("abc", "allow", calls[0]["name"])
+        assert again == ("new-1", "allow", calls[0]["name"])
     steps = [row["global_step"] for row in sent]
     assert steps == sorted(steps) and steps[0] > 96 and steps[-1] == 192
     assert [step for step, metric, _ in rows(folder) if metric == "losses/loss"][2] == 96
@@ -808,6 +1008,46 @@ def test_evaluation(name, capsys):
     modes = [evaluate(name, folder, capsys, "--deterministic")[1] for _ in range(2)]
     assert modes[0] == modes[1]
     assert len(modes[0]) == 10
+    if name == "continuous":  # which no two games end alike
+        assert modes[0] != evaluate(name, folder, capsys)[1]
+
+
+def test_a_table_although_it_cannot_be_written(capsys):
+    _, folder = train("discrete")
+    (folder / "eval.csv").mkdir()
+    args = ppo_discrete.parse_args(["--evaluate", str(folder)])
+    capsys.readouterr()
+    stopped(ppo_discrete.train, args)
+    out, err = capsys.readouterr()
+    assert [line.split()[0] for line in out.splitlines()] == ["10", "return", "length"]
+    assert len(err.splitlines()) == 1 and "eval.csv" in err
+
+
+@each_script
+def test_the_games_of_an_evaluation_have_seeds_of_their_own(name, capsys, monkeypatch):
+    """Others than those of training, each environment another."""
+    if "atari" in name:
+        game, quick = SCRIPTS[name][0].AtariPreprocessing, {}
+        quick = {"env_kwargs": '{"max_num_frames_per_episode": 200}'}
+        function = "start_game"
+    else:
+        game, quick, function = SCRIPTS[name][0].Watched, {}, "reset"
+    seeds, start_game = [], getattr(game, function)
+
+    def spy(env, **kwargs):
+        if kwargs.get("seed") is not None:
+            seeds.append(kwargs["seed"])
+        return start_game(env, **kwargs)
+
+    monkeypatch.setattr(game, function, spy)
+    _, folder = train(name, **quick)
+    sequences = [np.random.SeedSequence([1, 0, n]) for n in range(100)]
+    of_training = {seed for x in sequences for seed in x.generate_state(2).tolist()}
+    assert {*seeds} <= of_training
+    seeds.clear()
+    evaluate(name, folder, capsys, "--eval-episodes", "2")
+    assert len({*seeds}) == len(seeds) >= 2
+    assert not {*seeds} & of_training
 
 
 def test_short_episodes_are_not_preferred(capsys):

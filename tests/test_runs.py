@@ -466,13 +466,13 @@ def test_plain_lines_every_ten_seconds(monkeypatch, capsys):
     assert [value for *_, name, value in metrics() if name == "charts/SPS"] == [32] * 25
 
 
-def test_bar_on_a_terminal(tmp_path):
-    """Steps, return of the last episodes, speed and time left; no plain lines beside it."""
+def on_a_terminal(folder, columns, *flags):
+    """What a run shows there, each state of its bar."""
     terminal, child_side = pty.openpty()
-    termios.tcsetwinsize(child_side, (24, 120))
-    command = [sys.executable, ROOT / "ppo_discrete.py", "--total-timesteps", "2048", "--no-cuda"]
-    with open(tmp_path / "stdout", "w") as stdout:
-        process = subprocess.Popen(command, cwd=tmp_path, stdout=stdout, stderr=child_side)
+    termios.tcsetwinsize(child_side, (24, columns))
+    command = [sys.executable, ROOT / "ppo_discrete.py", "--no-cuda", *flags]
+    with open(folder / "stdout", "w") as stdout:
+        process = subprocess.Popen(command, cwd=folder, stdout=stdout, stderr=child_side)
     os.close(child_side)
     shown = b""
     with contextlib.suppress(OSError):  # the end of a terminal
@@ -480,10 +480,27 @@ def test_bar_on_a_terminal(tmp_path):
             shown += chunk
     os.close(terminal)
     assert process.wait() == 0, shown
-    last = shown.decode().replace("\n", "\r").strip("\r").split("\r")[-1]
+    return shown.decode().replace("\n", "\r").strip("\r").split("\r")
+
+
+def test_bar_on_a_terminal(tmp_path):
+    """Steps, return of the last episodes, speed and time left; no plain lines beside it."""
+    *_, last = on_a_terminal(tmp_path, 120, "--total-timesteps", "2048")
     pattern = r"100%.*2048/2048 \[\d\d:\d\d<\d\d:\d\d, +[\d.]+k?step/s, return [\d.]+\]"
-    assert re.search(pattern, last), shown
+    assert re.search(pattern, last), last
     assert (tmp_path / "stdout").read_text().startswith("written to runs/")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("columns", [80, 40])
+def test_bar_on_a_narrow_terminal_of_a_run_that_goes_on(columns, tmp_path):
+    """No line is broken, or the bar would move down; it begins where the run was."""
+    on_a_terminal(tmp_path, columns, "--total-timesteps", "1024")
+    (folder,) = tmp_path.glob("runs/*")
+    bars = on_a_terminal(tmp_path, columns, "--resume", folder, "--total-timesteps", "4096")
+    assert max(map(len, bars)) <= columns
+    assert re.search(r"\b25%", bars[0]) and "1024/4096" in bars[0], bars[0]
+    assert re.search(r"\b100%", bars[-1]), bars[-1]
 
 
 # ------------------------------------------------------------------------------------------------

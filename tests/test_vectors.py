@@ -529,7 +529,6 @@ def test_code_in_torch():
 
 
 def test_code_in_jax(monkeypatch, capsys):
-    pytest.importorskip("jax")
     monkeypatch.chdir(ROOT)
     code = "".join(BLOCKS)
     exec(code, {})

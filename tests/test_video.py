@@ -23,7 +23,7 @@ class Screen(gym.Env):
     observation_space = gym.spaces.Box(-1, 1, (3,), np.float32)
     metadata = {"render_modes": ["rgb_array"], "render_fps": 7}  # noqa: RUF012
 
-    def __init__(self, actions, render_mode=None, broken=False):
+    def __init__(self, actions, render_mode=None, broken=""):
         self.action_space, self.render_mode, self.broken = actions, render_mode, broken
 
     def reset(self, *, seed=None, options=None):
@@ -36,8 +36,10 @@ class Screen(gym.Env):
         return np.zeros(3, np.float32), 1.0, self.t == 4, False, {}
 
     def render(self):
-        if self.broken:
+        if self.broken == "raises":
             raise RuntimeError("no display")
+        if self.broken == "is none":
+            return None
         assert self.render_mode == "rgb_array"
         return np.full((64, 96, 3), 20 * self.t, np.uint8)
 
@@ -45,7 +47,9 @@ class Screen(gym.Env):
 ACTIONS = {"ppo_discrete": gym.spaces.Discrete(3), "ppo_continuous": gym.spaces.Box(-1, 1, (2,))}
 for kind, space in ACTIONS.items():
     gym.register(f"{kind}/Screen-v0", Screen, kwargs={"actions": space})
-    gym.register(f"{kind}/NoScreen-v0", Screen, kwargs={"actions": space, "broken": True})
+    for i, broken in enumerate(("raises", "is none")):
+        how = {"actions": space, "broken": broken}
+        gym.register(f"{kind}/NoScreen{i}-v0", Screen, kwargs=how)
 
 scripts = pytest.mark.parametrize(
     "script", [ppo_discrete, ppo_continuous], ids=lambda script: script.__name__
@@ -135,9 +139,10 @@ def test_mujoco_without_a_screen(monkeypatch):
 
 @scripts
 @pytest.mark.parametrize("vectorization", ["sync", "async"])
-def test_no_picture_is_one_line(script, vectorization, capfd):
-    env_id = f"{script.__name__}/NoScreen-v0"
-    message = f"^{env_id}, environment 0, step 0: no picture, .* EGL or OSMesa .*: no display$"
+@pytest.mark.parametrize(("number", "error"), [(0, "no display"), (1, ".*'NoneType'")])
+def test_no_picture_is_one_line(script, vectorization, number, error, capfd):
+    env_id = f"{script.__name__}/NoScreen{number}-v0"
+    message = f"^{env_id}, environment 0, step 0: no picture, .* EGL or OSMesa .*: {error}$"
     with pytest.raises(gym.error.Error, match=message):
         train(script, env_id=env_id, capture_video=True, vectorization=vectorization)
     assert "Traceback" not in capfd.readouterr().err
@@ -173,6 +178,24 @@ def test_videos_go_to_wandb(monkeypatch):
     ppo_discrete.train(ppo_discrete.parse_args(flags))
     names = [key for row in sent for key, x in row.items() if hasattr(x, "path")]
     assert sorted(names) == ["step-64-game-0", "step-64-game-1"]
+
+
+def test_videos_in_wandb_never_run_back(monkeypatch):
+    """Not before what was sent until a kill; those of an evaluation meanwhile are not sent."""
+    sent = []
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(Video=str))
+    envs = SimpleNamespace(num_envs=1, close=lambda: None)
+    envs.unwrapped = SimpleNamespace(set_attr=lambda *args: None)
+    agent = ppo_discrete.mlp(1, 1, 1.0)
+    args = ppo_discrete.Args(capture_video=True)
+    run = ppo_discrete.Run(args, torch.device("cpu"), envs, {"agent": agent})
+    run.wandb, run.sent = SimpleNamespace(log=sent.append), 192
+    for name in ("step-0-game-0", "evaluation-0-game-0", "step-0-game-1-unfinished"):
+        (run.videos / f"{name}.mp4").touch()
+    run.rows.append((160, 1.0, {"losses/loss": 1.0}))
+    run.write()
+    assert [{*row} for row in sent] == [{"global_step", "step-0-game-0"}]
+    assert sent[0]["global_step"] == 192
 
 
 def test_a_fault_with_a_video_that_was_not_sent_yet(monkeypatch):
