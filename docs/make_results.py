@@ -1,25 +1,32 @@
 """Keeps the runs behind every figure of the documentation, and writes the page about them.
 
-    python docs/make_results.py runs/*    # add finished runs to docs/results/, then the page
-    python docs/make_results.py           # only the page, docs/results.md, and its pictures
+    python docs/make_results.py runs/*          # add finished runs to docs/results/, then the page
+    python docs/make_results.py --long runs/X   # the same of a run that may go on elsewhere
+    python docs/make_results.py                 # only the page, docs/results.md, and its pictures
 
 A run is kept as two or three files: {run name}.json, its config.json (command, commit, script hash,
 versions) with the machine; {run name}.csv.gz, its metrics.csv with every episode and 100 rows of
 each other metric; {run name}.eval.csv, the games that --evaluate has played, if it has. Runs of
-CleanRL's scripts, made by benchmarks/cleanrl_shim.py, go to results/cleanrl/.
+CleanRL's scripts, made by benchmarks/cleanrl_shim.py, go to results/cleanrl/. Of a long one, which
+may have been trained by a copy of the script in another place, all files are kept in results/long/,
+as they were at its last checkpoint; its commits are found by the hashes of the scripts.
 """
 
 import csv
 import gzip
+import hashlib
 import io
 import json
 import re
+import shutil
+import subprocess
 import sys
 from pathlib import Path
 from typing import NamedTuple
 
 import matplotlib
 import numpy as np
+import torch
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -29,6 +36,7 @@ RESULTS = DOCS / "results"
 EPISODE = ("charts/episodic_return", "charts/episodic_length")
 RESAMPLES = 50_000  # of the seeds, for an interval, as rliable's
 WINDOWS = 50  # of a curve
+PIPED = {"stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
 
 
 class Group(NamedTuple):
@@ -41,6 +49,7 @@ class Group(NamedTuple):
 
 
 SHORT = {"exp_name": "ppo_atari", "total_timesteps": 1_500_000}
+PLAIN = {"gamma": 0.99, "bootstrap_truncation": True}
 MEMORY, LONG, BF16, FP32 = (
     {"exp_name": "ppo_atari_lstm"},
     {"exp_name": "ppo_atari", "total_timesteps": 10_000_000},
@@ -59,18 +68,23 @@ SECTIONS = {
         Group("Walker2d-v5", {}, None, 2790, (2287.95, 571.78), (3356.49, 322.61)),
         Group("Ant-v5", {}),
         Group("Humanoid-v5", {}, None, None, (716.11, 49.08), (673.11, 53.02)),
-        Group("Swimmer-v5", {}, None, None, None, (111.19,)),
+        Group("Swimmer-v5", PLAIN, None, None, None, (111.19,)),
         Group("Reacher-v5", {}, None, None, None, (-6.71,)),
         Group("Pusher-v5", {}, None, None, (-40.38, 7.15), (-56.83, 13.33)),
         Group("InvertedPendulum-v5", {}, 950, 950, (963.09, 22.20), (901.25, 35.73)),
         Group("InvertedDoublePendulum-v5", {}, None, None, None, (7102.91,)),
     ],
     "Atari": [
-        Group("BreakoutNoFrameskip-v4", {}, None, None, (414.66, 28.09), (405.73, 11.47)),
+        Group("BreakoutNoFrameskip-v4", LONG, None, 350, (414.66, 28.09), (405.73, 11.47)),
         Group("PongNoFrameskip-v4", LONG, None, None, (20.36, 0.20), (20.45, 0.81)),
         Group("PongNoFrameskip-v4", BF16, -18, -18),
         Group("PongNoFrameskip-v4", FP32),
         Group("PongNoFrameskip-v4", MEMORY, None, None, (19.81, 0.62), (19.79, 0.67)),
+    ],
+    "Swimmer": [
+        Group("Swimmer-v5", PLAIN),
+        Group("Swimmer-v5", PLAIN | {"gamma": 0.999}),
+        Group("Swimmer-v5", PLAIN | {"bootstrap_truncation": False}),
     ],
     "Time limits": [
         Group("Pendulum-v1", {"bootstrap_truncation": True}),
@@ -78,13 +92,16 @@ SECTIONS = {
     ],
 }
 GROUPS = [group for groups in SECTIONS.values() for group in groups]
+SEEDS = {"Classic control": 10, "MuJoCo": 5}  # that each of their groups shall have
 NOTES = {  # what sets the runs of a group apart, in words
-    ("bootstrap_truncation", True): "bootstrap",
+    ("gamma", 0.99): "",
+    ("gamma", 0.999): "gamma 0.999",
+    ("bootstrap_truncation", True): "",
     ("bootstrap_truncation", False): "no bootstrap",
     ("precision", "bf16"): "bf16",
     ("precision", "fp32"): "fp32",
     ("exp_name", "ppo_atari"): "no memory",
-    ("exp_name", "ppo_atari_lstm"): "with memory, bf16",
+    ("exp_name", "ppo_atari_lstm"): "with memory, 2M steps, bf16",
     ("total_timesteps", 1_500_000): "1.5M steps",
     ("total_timesteps", 10_000_000): "10M steps, bf16",
 }
@@ -95,18 +112,18 @@ INTRODUCTION = """# Results
 Made from the runs in [results/](results), which hold every episode. What the columns are:
 
 - **score**: the mean return of the last 100 training episodes of a run, played by the policy while
-  it still learns, as everywhere in the field; then mean and standard deviation over seeds, as
-  CleanRL counts them (population, [C7](details.md#c7) uses the same).
+  it still learns, as everywhere in the field; then mean and standard deviation over seeds, divided
+  by their number, as CleanRL does it.
 - **IQM**: the mean of the middle half of the seeds (of 3 all, of 5 the middle 3, of 10 the middle
   6), with a 95 % bootstrap interval, as [rliable](https://arxiv.org/abs/2108.13264) defines both:
-  percentiles of 50,000 resamples of the seeds. Of five seeds it is wide, and still rather too
-  narrow than too wide.
+  percentiles of 50,000 resamples of the seeds. Of three seeds it reaches from the lowest to the
+  highest.
 - **evaluated**: the same from 100 games of each trained policy, played by `--evaluate` with new
   environment seeds.
 - **lowest seed**: with the least score that a test asks of every seed, where it asks for one.
 - **CleanRL**: what it [publishes](https://github.com/vwxyzjn/cleanrl/tree/fe8d8a0/docs/benchmark),
-  three seeds, MuJoCo v4. A column **here** stands where its script was run with the same Gymnasium
-  and torch by [cleanrl_shim.py](../benchmarks/cleanrl_shim.py); none was yet.
+  three seeds, MuJoCo v4. **here**: its script, run with the same Gymnasium and torch by
+  [cleanrl_shim.py](../benchmarks/cleanrl_shim.py).
 - **Baselines**: openai/baselines' ppo2 with MuJoCo v2, from
   [the blog post](https://iclr-blog-track.github.io/2022/03/25/ppo-implementation-details/) for
   classic control, from [Open RL Benchmark](https://github.com/openrlbenchmark/openrlbenchmark) for
@@ -118,7 +135,7 @@ Made from the runs in [results/](results), which hold every episode. What the co
   waited.
 
 Curves are the IQM over seeds in windows of a fiftieth of the training with its interval, or each
-seed where there are two. Dashed: CleanRL's published mean."""
+seed where there are fewer than three. Dashed, but for Atari: CleanRL's published mean."""
 
 TEXTS = {
     "Classic control": "500,000 steps. "
@@ -127,11 +144,25 @@ TEXTS = {
     "the same return in every episode, so there is nothing to learn from. The references end at\n"
     "-200, too.",
     "MuJoCo": "1,000,000 steps. "
-    "`python ppo_continuous.py --env-id ENV --seed SEED --no-cuda --torch-threads 1`",
-    "Atari": "Agent steps of four frames; the references are of 10,000,000, as is the run of\n"
-    "Breakout, in bf16, and that of Pong, as far as it has come; [results/long](results/long) has\n"
-    "their checkpoints and how to play them or to go on. Other runs of Pong are shorter and of\n"
-    "older commits, whose random numbers were others: they say that it learns, not where it ends.",
+    "`python ppo_continuous.py --env-id ENV --seed SEED --no-cuda --torch-threads 1`\n\n"
+    "CleanRL's v4 and Baselines' v2 are not quite the same tasks: v5 has fixed rewards and\n"
+    "observations of several, among them a bonus for being healthy that the fallen got, too,\n"
+    "Humanoid's contact cost that was lost in v4, and what Pusher pushes was lighter than air\n"
+    "([list](https://gymnasium.farama.org/environments/mujoco/)). CleanRL has other figures, too:\n"
+    "HalfCheetah 2,906 +- 1,129 (v4 of 2023) and 2,263 +- 1,197 (v2), and the blog post has\n"
+    "2,149 +- 1,166 for Baselines: with such deviations some of the three seeds run much faster\n"
+    "than others. Of 8,000,000 steps it has (v4, ten seeds, PPO beside its RPO) Ant 1,824,\n"
+    "Swimmer 124.9, Reacher -4.65 and InvertedDoublePendulum 5,626.",
+    "Atari": "Agent steps of four frames; the references are of 10,000,000, as are the runs of\n"
+    "Breakout and Pong in bf16, `python ppo_atari.py --env-id ENV --seed 1`;\n"
+    "[results/long](results/long) has their checkpoints and how to play them. Other runs of Pong\n"
+    "are shorter and of older commits, whose random numbers were others: they say that it learns,\n"
+    "not where it ends. Not run: Breakout with memory, BeamRider, Qbert.",
+    "Swimmer": "The same runs, with other flags. Baselines takes a time limit for the end of an\n"
+    "episode; to do so here, `--no-bootstrap-truncation`, lowers the score, so that is not why\n"
+    "Swimmer is below its figure. What holds Swimmer down is gamma, 0.99 in both: the same seeds\n"
+    "come much further with `--gamma 0.999`. Episodes have 1,000 steps, and 0.99 counts on some\n"
+    "hundred of them.",
     "Time limits": "300,000 steps. `python ppo_continuous.py --env-id Pendulum-v1\n"
     "--total-timesteps 300000 --seed SEED --no-cuda --torch-threads 1`, once with\n"
     "`--no-bootstrap-truncation`. Every episode of Pendulum-v1 is cut off by its time limit. With\n"
@@ -163,21 +194,56 @@ def thin(rows):
     return [r for r in rows if r["name"] in EPISODE or r["global_step"] in steps[r["name"]]]
 
 
+def machine_of(config):
+    """Of a run that was made here."""
+    with open("/proc/cpuinfo") as file:
+        cpu = next(line.split(":")[1].strip() for line in file if line.startswith("model name"))
+    return f"{config['cpus']} cores, {cpu}, device {config['device']}"
+
+
+def commit_of(script, sha256):
+    """The commit that made a script what it is; None if it is not in the history."""
+    git = ["git", "-C", str(DOCS.parent)]
+    log = subprocess.run([*git, "log", "--format=%H", "--", script], check=True, **PIPED)
+    for commit in log.stdout.decode().split():
+        show = subprocess.run([*git, "show", f"{commit}:{script}"], check=False, **PIPED)
+        if hashlib.sha256(show.stdout).hexdigest() == sha256:
+            return commit
+    return None
+
+
+def keep_long(folder):
+    """Copy a run that was trained here to docs/results/long/, in place of what is there of it."""
+    data = torch.load(folder / "checkpoint.pt", weights_only=True)
+    config = json.loads((folder / "config.json").read_text())
+    kept = RESULTS / "long" / data["name"].rpartition("__")[0]
+    kept.mkdir(parents=True, exist_ok=True)
+    for part in (config, *config.get("resumed", ())):
+        script = Path(part["command"].split()[0]).name
+        part["git_commit"] = commit_of(script, part["script_sha256"])
+        part["machine"] = machine_of(part)
+    (kept / "config.json").write_text(json.dumps(config, indent=2))
+    rows = (folder / "metrics.csv").read_bytes()[: data["metrics_bytes"]]
+    (kept / "metrics.csv").write_bytes(rows)
+    for name in ("checkpoint.pt", "eval.csv"):
+        if (folder / name).exists():
+            shutil.copy(folder / name, kept)
+
+
 def keep(folder):
     """Copy the run in `folder` to docs/results/; call it on the machine that ran it."""
     config = json.loads((folder / "config.json").read_text())
     if not re.fullmatch("[0-9a-f]{40}", config["git_commit"] or ""):
         sys.exit(f"{folder}: not from a commit, but from {config['git_commit']}")
     results = RESULTS / "cleanrl" if config.get("program") == "CleanRL" else RESULTS
+    results.mkdir(exist_ok=True)
     with open(folder / "metrics.csv") as file:
         rows = list(csv.DictReader(file))
-    with open("/proc/cpuinfo") as file:
-        cpu = next(line.split(":")[1].strip() for line in file if line.startswith("model name"))
     config["run_name"] = folder.name
     iterations = [row["global_step"] for row in rows if row["name"] == "charts/SPS"]
     config["steps"] = int(iterations[-1])  # less than planned if it was stopped
     rows = [row for row in rows if int(row["global_step"]) <= config["steps"]]
-    config["machine"] = f"{config['cpus']} cores, {cpu}, device {config['device']}"
+    config["machine"] = machine_of(config)
     (results / f"{folder.name}.json").write_text(json.dumps(config, indent=2) + "\n")
     text = io.StringIO()
     writer = csv.DictWriter(text, ["global_step", "time", "name", "value"], lineterminator="\n")
@@ -216,6 +282,7 @@ def load_long():
         with open(path.with_name("metrics.csv")) as file:
             metrics = columns(file)
         about = {"steps": int(metrics["charts/SPS"][0][-1]), "games": path.with_name("eval.csv")}
+        about["run_name"] = f"long/{path.parent.name}"
         runs.append((json.loads(path.read_text()) | about, metrics))
     return runs
 
@@ -294,8 +361,16 @@ def spread(scores):
     return number(np.mean(scores)) + deviation
 
 
-def name_of(group):
-    return ", ".join([group.env_id, *(NOTES[change] for change in group.changes.items())])
+def note_of(group):
+    """What sets its runs apart."""
+    return ", ".join(note for change in group.changes.items() if (note := NOTES[change]))
+
+
+def name_of(group, runs=()):
+    """With how far its runs came that were stopped."""
+    stopped = " and ".join(f"{config['steps']:,}" for config, _ in runs if is_stopped(config))
+    name = ", ".join(x for x in (group.env_id, note_of(group)) if x)
+    return name + (f", stopped after {stopped} steps" if stopped else "")
 
 
 def seeds_of(runs):
@@ -310,11 +385,10 @@ def cells_of(group, runs, peers):
     if group.least is not None:
         lowest += f" of {group.least:,}" + ("*" if scores.min() < group.least else "")
     low, high = interval(scores)
-    stopped = [f"{config['steps']:,}" for config, _ in runs if is_stopped(config)]
     here = [last_100(metrics) for _, metrics in select(peers, group.env_id, {})]
     durations = [metrics["seconds"][1][-1] for _, metrics in runs]
     return (
-        name_of(group) + (f", stopped after {' and '.join(stopped)} steps" if stopped else ""),
+        name_of(group, runs),
         seeds_of(runs),
         spread(scores),
         f"{number(iqm(scores))} [{number(low)}, {number(high)}]" if len(scores) > 2 else "",
@@ -332,7 +406,7 @@ def misses(groups, runs):
     found = []
     for group in groups:
         of_group = select(runs, group.env_id, group.changes)
-        if not of_group or any(is_stopped(config) for config, _ in of_group):
+        if not of_group:
             continue
         mean = np.mean([last_100(metrics) for _, metrics in of_group])
         below = [
@@ -341,8 +415,20 @@ def misses(groups, runs):
             if reference and mean < reference[0]
         ]
         if below:
-            found.append(f"{name_of(group)}, {number(mean)} ({', '.join(below)})")
+            found.append(f"{name_of(group, of_group)}, {number(mean)} ({', '.join(below)})")
     return f"Below the mean of a reference: {'; '.join(found)}." if found else ""
+
+
+def absent(section, runs):
+    """Groups, and seeds of groups, that have no run."""
+    names = []
+    for group in SECTIONS[section]:
+        seeds = {config["seed"] for config, _ in select(runs, group.env_id, group.changes)}
+        missing = sorted({*range(1, SEEDS.get(section, 0) + 1)} - seeds) if seeds else []
+        if missing or not seeds:
+            numbers = ", ".join(map(str, missing))
+            names.append(name_of(group) + (f", seed {numbers}" if missing else ""))
+    return names
 
 
 def table(section, runs, peers):
@@ -367,12 +453,12 @@ def page(runs, peers, long):
     for section, groups in SECTIONS.items():
         of_section = runs + long if section == "Atari" else runs
         lines += ["", f"## {section}", "", TEXTS[section], "", *table(section, of_section, peers)]
-        if missed := misses(groups, long if section == "Atari" else runs):  # at full length
+        if missed := misses(groups, of_section):
             lines += ["", missed]
         if section == "Atari":
             lines += ["", precisions(runs)]
-        if absent := [name_of(x) for x in groups if not select(of_section, x.env_id, x.changes)]:
-            lines += ["", f"Not run yet: {', '.join(absent)}."]
+        if names := absent(section, of_section):
+            lines += ["", f"Not run yet: {'; '.join(names)}."]
         lines += ["", f"![{section}: return over steps and time](results/{picture(section)})"]
     lines += [
         "",
@@ -387,26 +473,33 @@ def page(runs, peers, long):
         "| run | command | score | evaluated | steps/s | minutes | threads | commit | script |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
-    for config, metrics in runs + peers:
+    for config, metrics in runs + long + peers:
         games = evaluated(config)
         cells = (
             config["run_name"],
             f"`python {config['command']}`",
             number(last_100(metrics)),
             "" if games is None else number(games.mean()),
-            f"{metrics['charts/SPS'][1][-1]:,.0f}",
-            f"{metrics['seconds'][1][-1] / 60:.1f}",
-            str(config["torch_threads"]),
-            config["git_commit"][:12],
-            config["script_sha256"][:12],
+            "" if is_resumed([(config, metrics)]) else f"{metrics['charts/SPS'][1][-1]:,.0f}",
+            "" if is_resumed([(config, metrics)]) else f"{metrics['seconds'][1][-1] / 60:.1f}",
+            *(" ".join(values) for values in parts_of(config)),
         )
         lines.append(f"| {' | '.join(cells)} |")
-    lines += ["", "commit: of CleanRL's runs its own. script: the first digits of its SHA-256."]
+    lines += ["", "script: the first digits of its SHA-256. A run with several was resumed."]
+    lines += ["commit: of CleanRL's runs its own."] if peers else []
     machines = sorted({config["machine"] for config, _ in runs + peers})
     versions = sorted({json.dumps(config["versions"]) for config, _ in runs + peers})
     lines += ["", f"Machines: {'; '.join(machines)}."]
-    lines += ["", *(f"Versions: `{version}`" for version in versions)]
+    lines += ["", "Versions:", "", *(f"- `{version}`" for version in versions)]
     return "\n".join(lines) + "\n"
+
+
+def parts_of(config):
+    """Threads, commits and scripts of a run, each once, in the order in which it was gone on."""
+    parts = (config, *config.get("resumed", ()))
+    threads = dict.fromkeys(str(part["torch_threads"]) for part in parts)
+    commits = dict.fromkeys(part["git_commit"][:12] for part in parts)
+    return threads, commits, dict.fromkeys(part["script_sha256"][:12] for part in parts)
 
 
 def curve(config, metrics):
@@ -454,7 +547,7 @@ def plot(section, runs, peers):
         for color, group in zip(
             ("C0", "C1", "C2", "C3"), [g for g in groups if g.env_id == task], strict=False
         ):
-            label = ", ".join(NOTES[change] for change in group.changes.items()) or "ppo37"
+            label = note_of(group) or "ppo37"
             draw(axes, select(runs, task, group.changes), color, label)
             if group.cleanrl and section != "Atari":
                 axes[0].axhline(group.cleanrl[0], color="0.6", lw=0.8, ls="--", zorder=0)
@@ -479,8 +572,9 @@ def pages() -> dict[Path, str]:
 
 
 if __name__ == "__main__":
-    for argument in sys.argv[1:]:
-        keep(Path(argument))
+    put = keep_long if sys.argv[1:2] == ["--long"] else keep
+    for argument in sys.argv[1 + (put is keep_long) :]:
+        put(Path(argument))
     kept, theirs, unfinished = everything()
     (DOCS / "results.md").write_text(page(kept, theirs, unfinished))
     for title in SECTIONS:

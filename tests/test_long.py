@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -28,5 +29,8 @@ def test_it_goes_on(folder):
     args = ppo_atari.parse_args(["--resume", str(copy), "--total-timesteps", total, *plain])
     ppo_atari.train(args)
     assert torch.load(copy / "checkpoint.pt", weights_only=True)["global_step"] == int(total)
-    page = (folder.parent / "README.md").read_text()
-    assert f"{data['global_step']:,} of {data['args']['total_timesteps']:,} steps" in page
+    page = (ROOT / "docs" / "results.md").read_text()
+    name = f"{data['args']['env_id']}, no memory, 10M steps, bf16"
+    (row,) = re.findall(rf"(?m)^\| {name}(.*?) \|", page)
+    left = data["args"]["total_timesteps"] - data["global_step"]
+    assert row == (f", stopped after {data['global_step']:,} steps" if left >= 1024 else "")
