@@ -15,13 +15,13 @@ from typing import NamedTuple
 
 import matplotlib
 import numpy as np
+from scipy import stats
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 sys.path.append(str(Path(__file__).resolve().parent.parent / "benchmarks"))
 import ablate
-from regress import T  # quantiles of Student's t
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "ablation.md"
@@ -47,19 +47,27 @@ may be needed elsewhere.
 
 {tasks}
 
-- **end**: {ends}.
+- **end**: the mean return of the episodes that ended in the last tenth of the steps, of ppo_rlhf.py
+  the true reward of 512 texts after it; in brackets the lowest and the highest seed. A run that
+  ended early has what it had last.
 - **area**: the mean over the whole training, which is the area under the curve by its length. Of
   ppo_rlhf.py the true reward of each rollout; its **proxy** is the reward model, which it learns
   from.
-- **difference**: to the unchanged script, with the 95 % interval of Welch's t test over seeds. Both
-  have seeds 1, 2, 3, ..., so where a seed helps both alike the interval is rather too wide. With
-  the three seeds of MuJoCo only large effects show.
+- **difference**: to the unchanged script, with the 95 % interval of Welch's t test over seeds. It
+  takes them as independent, although both have seeds 1, 2, 3, ..., and as normally distributed,
+  which seeds that learn nothing are not: look at the lowest one, too. With the three seeds of
+  MuJoCo only large effects show.
+- **learned**, in the table above: from the first fiftieth of the training to its end, in standard
+  deviations of the ends of seeds.
 - **of what is learned**: the difference at the end as a part of what the unchanged script gains
   from its first fiftieth of the training to its end, a mean over seeds that is taken as exact.
 
-Nothing is corrected for the number of comparisons: of the {n} intervals of the table below,
-{chance} would leave out zero if no detail mattered; {found} do. All of a task share the unchanged
-runs; where every return is the same, "unchanged" is of the same seeds only.
+Of the {n} intervals of the table below, {chance} would leave out zero if no detail mattered;
+{found} do. Only of the {sure} that do so after Holm's correction for so many comparisons, at 5 % in
+all, it is said that the return is higher or lower; of the others, that it may be. Intervals are
+shown without it. All of a task share the unchanged runs; where every return is the same,
+"unchanged" is of the same seeds only. [X2](details.md#x2), [X7](details.md#x7) and what else has
+no row was not taken away.
 
 `python benchmarks/ablate.py` runs what is missing, [ablations.toml](../benchmarks/ablations.toml)
 has all that it does, [results/ablation](results/ablation) what came out, with command, commit and
@@ -76,12 +84,13 @@ class Score(NamedTuple):
 
 
 class Difference(NamedTuple):
-    """Means over seeds, and half of the 95 % interval; None of one seed or without any spread."""
+    """Means over seeds, and half of the 95 % interval; None of one seed or without spread."""
 
     changed: float
     unchanged: float
     difference: float
     half: float | None
+    p: float | None = None  # of no difference
 
 
 class Compared(NamedTuple):
@@ -96,6 +105,8 @@ class Compared(NamedTuple):
     same: bool  # as the unchanged script with the same seeds, in all stored digits
     stopped: int  # runs that ended early, with an error
     without: int  # runs that ended before any episode, which have no score
+    seen: tuple = ()  # the ends of all seeds, changed and unchanged
+    sure: bool = False  # the interval at the end leaves out zero, among so many others, too
 
 
 @functools.cache
@@ -155,8 +166,9 @@ def welch(unchanged: list[float], changed: list[float]) -> Difference:
     if not (variance := sum(parts)):
         return Difference(*means, None if means[2] else 0.0)
     freedom = variance**2 / sum(v**2 / (len(x) - 1) for v, x in zip(parts, pair, strict=True))
-    quantile = T[min(math.floor(freedom + 1e-9), len(T)) - 1]
-    return Difference(*means, quantile * variance**0.5)
+    error = variance**0.5
+    p = 2 * stats.t.sf(abs(means[2]) / error, freedom)
+    return Difference(*means, float(stats.t.ppf(0.975, freedom)) * error, float(p))
 
 
 def compare(task: str, ablation, what: tuple) -> Compared | None:
@@ -173,7 +185,8 @@ def compare(task: str, ablation, what: tuple) -> Compared | None:
         end, area = (Difference(x.changed, x.changed, 0.0, 0.0) for x in (end, area))
     stopped = sum(run["exit_code"] != 0 for run in runs)
     counts = len(runs), ablate.TASKS[task].seeds
-    return Compared(task, *counts, end, area, gain, same, stopped, len(runs) - len(theirs))
+    seen = tuple([x.end for x in scores] for scores in (theirs, ours))
+    return Compared(task, *counts, end, area, gain, same, stopped, len(runs) - len(theirs), seen)
 
 
 def equal(run: dict, other: dict) -> bool:
@@ -183,7 +196,18 @@ def equal(run: dict, other: dict) -> bool:
 def everything() -> list[tuple]:
     """(ablation, [Compared of each of its tasks, or None])"""
     found = ablate.ablations()[1:]
-    return [(x, [compare(task, x, measure(task)) for task in x.tasks]) for x in found]
+    return holm([(x, [compare(task, x, measure(task)) for task in x.tasks]) for x in found])
+
+
+def holm(all_of_it: list[tuple], level: float = 0.05) -> list[tuple]:
+    """The same, where `sure` is whether there is a difference, by Holm's procedure for them all."""
+    known = [x for _, found in all_of_it for x in found if x and effect(x) in DECIDED]
+    sure = set()
+    for i, x in enumerate(sorted(known, key=lambda x: x.end.p)):
+        if x.end.p > level / (len(known) - i):
+            break
+        sure.add(id(x))
+    return [(a, [x and x._replace(sure=id(x) in sure) for x in found]) for a, found in all_of_it]
 
 
 # ------------------------------------------------------------------------------------------------
@@ -215,6 +239,9 @@ def in_percent(x: Compared) -> str:
     return f"{middle} % of what is learned, {low} to {high}"
 
 
+DECIDED = ("lower", "higher", "little", "open")  # what an interval can say
+
+
 def effect(x: Compared) -> str:
     """lower, higher, little (within 10 % of what is learned), open, same, or unknown."""
     if x.same:
@@ -229,22 +256,33 @@ def effect(x: Compared) -> str:
 def sentence(found: list[Compared]) -> str:
     """What was seen, no more than the intervals carry."""
     words = {
-        "lower": "With this change the return is lower on {}.",
-        "higher": "**With this change the return is higher on {}.**",
-        "little": "It changes little or nothing on {}.",
-        "open": "It cannot be told from no change on {}.",
+        ("lower", True): "With this change the return is lower on {}.",
+        ("higher", True): "**With this change the return is higher on {}.**",
+        ("lower", False): "It may be lower on {}; among so many comparisons that may be chance.",
+        ("higher", False): "It may be higher on {}; among so many comparisons that may be chance.",
+        ("little", False): "It changes little or nothing on {}.",
+        ("open", False): "It cannot be told from no change on {}.",
     }
     said = []
     for kind, text in words.items():
-        if places := [f"{x.task} ({in_percent(x)})" for x in found if effect(x) == kind]:
+        if places := [f"{x.task} ({in_percent(x)})" for x in found if (effect(x), x.sure) == kind]:
             said.append(text.format(listed(places)))
+    for sign, word in ((-1, "lower"), (1, "higher")):
+        areas = [x for x in found if effect(x) in ("little", "open") and x.area.half]
+        if places := [x.task for x in areas if sign * x.area.difference > x.area.half]:
+            said.append(
+                f"By the area, over the whole training, it may be {word} on {listed(places)}."
+            )
     if same := [x.task for x in found if effect(x) == "same"]:
         said.append(f"Every return is the same on {listed(same)}, in all digits that are kept.")
     if stopped := [f"{x.stopped} of {x.seeds} on {x.task}" for x in found if x.stopped]:
         said.append(f"Runs that ended early, with an error: {listed(stopped)}.")
     if without := [f"{x.without} on {x.task}" for x in found if x.without]:
         said.append(f"They ended before any episode, without a score: {listed(without)}.")
-    if alone := [x.task for x in found if effect(x) == "unknown" and not x.without]:
+    unknown = [x for x in found if effect(x) == "unknown" and not x.without]
+    if nothing := [x.task for x in unknown if x.gain <= 0]:
+        said.append(f"The unchanged script learns nothing on {listed(nothing)}.")
+    if alone := [x.task for x in unknown if x.gain > 0]:
         said.append(f"No interval yet on {listed(alone)}: one seed, or no spread between seeds.")
     return " ".join(said)
 
@@ -290,9 +328,11 @@ def section(ablation, found: list[Compared | None]) -> list[str]:
         proxies = [x for x in there if measure(x.task) == GOLD]
         proxies = [compare(x.task, ablation, PROXY)._replace(task="its proxy") for x in proxies]
         for x in there + proxies:
-            cells = [x.task, x.seeds]
-            for values in (x.end, x.area):
-                cells += [number(values.changed), number(values.unchanged), difference(values)]
+            ends = [number(x.end.changed), number(x.end.unchanged)]
+            for i, seen in enumerate(x.seen):
+                ends[i] += f" ({number(min(seen))} to {number(max(seen))})"
+            cells = [x.task, x.seeds, *ends, difference(x.end)]
+            cells += [number(x.area.changed), number(x.area.unchanged), difference(x.area)]
             lines.append(f"| {' | '.join(map(str, cells))} |")
         lines.append("")
     return lines
@@ -302,10 +342,20 @@ def worth() -> dict[str, str]:
     """tag -> a line of details.md, what the detail is worth, with links."""
     lines = {}
     for ablation, found in everything():
-        words = sentence([x for x in found if x]) or "Not run yet."
-        text = f"[{ablation.instead}](ablation.md#{anchor(ablation)}): {words}"
-        lines.setdefault(ablation.detail, []).append(text)
-    return {detail: " ".join(texts) for detail, texts in lines.items()}
+        link = f"[{ablation.instead}](ablation.md#{anchor(ablation)})"
+        words = ", ".join(f"{x.task} {in_short(x)}" for x in found if x) or "not run yet"
+        tag = "C5" if ablation.detail == "time limits" else ablation.detail  # it is in the targets
+        lines.setdefault(tag, []).append(f"{link}: {words}")
+    return {detail: "; ".join(texts) for detail, texts in lines.items()}
+
+
+def in_short(x: Compared) -> str:
+    """The difference in percent of what is learned, marked where there is one."""
+    kind = effect(x)
+    if kind not in DECIDED:
+        return {"same": "the same", "unknown": "no interval yet"}[kind]
+    mark = {"lower": "*", "higher": "**"}[kind] if x.sure else ""
+    return f"{mark}{in_percent(x).split()[0]}{mark} %"
 
 
 # ------------------------------------------------------------------------------------------------
@@ -314,14 +364,21 @@ def worth() -> dict[str, str]:
 
 def tasks_table() -> list[str]:
     """The tasks, and the unchanged script on them."""
-    lines = ["| task | script | steps | unchanged: seeds | end | area |", "|---" * 6 + "|"]
+    lines = [
+        "| task | script | steps | unchanged: seeds | end | area | learned |",
+        "|---" * 7 + "|",
+    ]
     for name, task in ablate.TASKS.items():
         found = [score(name, run, measure(name)) for run in runs_of(name, PLAIN).values()]
         cells = [number(np.mean([x[i] for x in found])) if found else "" for i in (0, 1)]
+        ends = [x.end for x in found]
+        learned = np.mean(ends) - np.mean([x.first for x in found]) if found else 0.0
+        deviation = np.std(ends, ddof=1) if len(ends) > 1 else 0.0
+        cells.append(f"{learned / deviation:.1f}" if deviation else "")
         words = [f"[{task.script}](../{task.script})", f"`{task.flags}`" if task.flags else ""]
         words = " ".join(filter(None, words)) + (f": {task.about}" if task.about else "")
         count = f"{len(found)} of {2 * task.seeds}"
-        lines.append(f"| {name} | {words} | {task.steps:,} | {count} | {cells[0]} | {cells[1]} |")
+        lines.append(f"| {name} | {words} | {task.steps:,} | {count} | {' | '.join(cells)} |")
     for name, task in ablate.TASKS.items():
         if task.edits:
             script = (ROOT / task.script).read_text()
@@ -335,24 +392,24 @@ def tasks_table() -> list[str]:
 
 
 def summary(all_of_it: list[tuple]) -> list[str]:
-    """A row for each of which something is known, most harm first."""
+    """A row for each of which something is known, the lowest mean difference first."""
     lines = ["| detail | what stands in its place | difference at the end, % of what is learned |"]
     lines += ["|---" * 3 + "|"]
-    marks = {"lower": "*", "higher": "**"}
+    marks = {("lower", True): "*", ("higher", True): "**"}
     for ablation, found in sorted(all_of_it, key=order):
         cells = []
         for x in [x for x in found if x and effect(x) != "unknown"]:
             middle, low, high = re.findall(r"[+-]?\d+", in_percent(x))
-            mark = marks.get(effect(x), "")
+            mark = marks.get((effect(x), x.sure), "")
             words = "the same" if x.same else f"{mark}{middle}{mark} ({low} to {high})"
             cells.append(f"{x.task} {words}")
         link = f"[{ablation.detail}](#{anchor(ablation)})"
         lines += [f"| {link} | {ablation.instead} | {'; '.join(cells)} |"] if cells else []
-    return [*lines, "", "Bold: the interval lies above zero. Italic: below.", ""]
+    return [*lines, "", "Bold: higher, italic: lower, after Holm's correction.", ""]
 
 
 def order(pair) -> float:
-    """Most harm first, by the tasks with intervals if there are any; what is not known last."""
+    """The mean of the tasks with intervals if there are any; what is not known last."""
     found = [x for x in pair[1] if x and x.gain > 0]
     known = [x for x in found if effect(x) != "unknown"] or found
     return float(np.mean([percent(x)[0] for x in known])) if known else np.inf
@@ -379,15 +436,13 @@ def progress() -> str:
 
 def page(all_of_it: list[tuple]) -> str:
     kinds = [effect(x) for _, found in all_of_it for x in found if x]
-    n = sum(kind in ("lower", "higher", "little", "open") for kind in kinds)
+    n = sum(kind in DECIDED for kind in kinds)
     text = INTRODUCTION.format(
         tasks="\n".join(tasks_table()),
-        ends="the mean return of the episodes that ended in the last tenth of the steps, of\n"
-        "  ppo_rlhf.py the true reward of 512 texts after it. A run that ended early has what it\n"
-        "  had last",
         n=n,
         chance=f"{n / 20:.1f}",
         found=kinds.count("lower") + kinds.count("higher"),
+        sure=sum(x.sure for _, found in all_of_it for x in found if x),
         progress=progress(),
     )
     lines = [text, "## Our own choices", ""]
@@ -396,7 +451,7 @@ def page(all_of_it: list[tuple]) -> str:
             words = sentence([x for x in found if x]) or f"Not run yet: {way_on(ablation)}."
             lines.append(f"- [{ablation.detail}: {ablation.instead}](#{anchor(ablation)}). {words}")
     if n:
-        lines += ["", "## All of them, most harm first", "", *summary(all_of_it)]
+        lines += ["", "## All of them, by their mean difference", "", *summary(all_of_it)]
         lines += ["![the same as a picture](results/ablation/effects.png)", ""]
         lines += ["![curves](results/ablation/curves.png)", ""]
         lines += ["Means over seeds. Black: the unchanged script. Coloured: the strongest five of"]

@@ -21,14 +21,16 @@ def test_page_is_up_to_date():
 
 def test_interval_by_hand():
     """Means 3 and 8; variances of the means 2.5 / 5 and 4 / 4; 1.5^2 / (0.5^2 / 4 + 1 / 3) = 5.68
-    degrees of freedom, of which five count, quantile 2.571."""
+    degrees of freedom, quantile 2.480."""
     ours, theirs = [1, 2, 3, 4, 5], [6, 10, 7, 9]
     assert np.var(theirs, ddof=1) == pytest.approx(10 / 3)
     theirs = [8 + x * (4 / (10 / 3)) ** 0.5 for x in (-2, 2, -1, 1)]
-    assert welch(ours, theirs) == pytest.approx((8, 3, 5, 2.571 * 1.5**0.5))
-    assert welch(ours, [8.0]) == (8, 3, 5, None)
-    assert welch([500] * 4, [499] * 2) == (499, 500, -1, None)  # no spread, nothing to judge by
-    assert welch([500] * 4, [500] * 2) == (500, 500, 0, 0)
+    found = welch(ours, theirs)
+    assert found[:4] == pytest.approx((8, 3, 5, 2.480 * 1.5**0.5), rel=1e-3)
+    assert found.p == pytest.approx(0.00727, abs=5e-6)  # t = 4.082
+    assert welch(ours, [8.0]) == (8, 3, 5, None, None)
+    assert welch([500] * 4, [499] * 2)[:4] == (499, 500, -1, None)  # nothing to judge by
+    assert welch([500] * 4, [500] * 2)[:4] == (500, 500, 0, 0)
 
 
 def run_of(*pairs, name=EPISODE):
@@ -74,31 +76,35 @@ def test_read(toy, tmp_path, monkeypatch):
     assert run["gold/score"].tolist() == [[10], [0.5]]
 
 
-def compared(difference, half, same=False, gain=100.0, stopped=0, without=0):
+def compared(difference, half, same=False, gain=100.0, stopped=0, without=0, sure=False, area=0):
     end = Difference(50.0 + difference, 50.0, difference, half)
-    return Compared("Toy", 3, 3, end, end, gain, same, stopped, without)
+    over_all = Difference(50.0 + area, 50.0, area, 5.0)
+    seen = [50.0], [50.0]
+    return Compared("Toy", 3, 3, end, over_all, gain, same, stopped, without, seen, sure)
 
 
 @pytest.mark.parametrize(
     ("x", "expected", "words"),
     [
         (
-            compared(-20, 10),
+            compared(-20, 10, sure=True),
             "lower",
             "With this change the return is lower on Toy (-20 % of what is learned, -30 to -10).",
         ),
         (
-            compared(20, 10),
+            compared(20, 10, sure=True),
             "higher",
             "**With this change the return is higher on Toy (+20 % of what is learned, +10 to",
         ),
+        (compared(-20, 10), "lower", "It may be lower on Toy (-20 % of what is learned, -30 to"),
+        (compared(20, 10), "higher", "It may be higher on Toy (+20 % of what is learned, +10 to"),
         (compared(-20, 21), "open", "It cannot be told from no change on Toy (-20 % of what is"),
         (compared(20, 20), "open", "It cannot be told from no change on Toy"),
         (compared(-4, 6), "little", "It changes little or nothing on Toy (-4 % of what is"),
         (compared(-4, 6.1), "open", "It cannot be told"),
         (compared(-20, None), "unknown", "No interval yet on Toy: one seed, or no spread"),
         (compared(0, 0, same=True), "same", "Every return is the same on Toy, in all digits"),
-        (compared(-20, 10, gain=-5), "unknown", "No interval yet"),
+        (compared(-20, 10, gain=-5), "unknown", "The unchanged script learns nothing on Toy."),
         (compared(-20, 10, without=1), "unknown", "They ended before any episode, without a"),
     ],
 )
@@ -108,13 +114,28 @@ def test_words_are_no_stronger_than_the_interval(x, expected, words):
 
 
 def test_all_that_was_seen_is_said():
-    text = sentence([compared(-20, 10), compared(20, 10), compared(5, 10), compared(1, None)])
+    sure = [compared(-20, 10, sure=True), compared(20, 10, sure=True)]
+    text = sentence([*sure, compared(5, 10), compared(1, None)])
     assert [text.count(x) for x in ("lower on", "**", "cannot", "No interval")] == [1, 2, 1, 1]
+    text = sentence([compared(-5, 10, area=-6), compared(2, 3, area=6), compared(2, 3, area=4)])
+    assert text.count("By the area, over the whole training, it may be lower on Toy.") == 1
+    assert text.count("over the whole training, it may be higher on Toy.") == 1
+    assert "By the area" not in sentence([compared(-20, 10, area=-6)])
     assert percent(compared(-20, 10, gain=50)) == (-40, -60, -20)
     text = sentence([compared(-20, 10, stopped=2)])
     assert text.endswith("Runs that ended early, with an error: 2 of 3 on Toy.")
     text = sentence([compared(-20, 10, stopped=2, without=1)])
     assert "2 of 3 on Toy" in text and text.endswith("without a score: 1 on Toy.")
+
+
+def test_many_comparisons_by_hand():
+    """Holm: 0.01 is at most 0.05 / 4, 0.016 at most 0.05 / 3, 0.03 not at most 0.05 / 2."""
+    table = [(0.03, False), (0.01, True), (0.04, False), (0.016, True)]
+    found = [compared(20, 10)._replace(end=Difference(70, 50, 20, 10, p)) for p, _ in table]
+    found.append(compared(0, 0, same=True))
+    ((name, after),) = make_ablation.holm([("it", [*found, None])])
+    assert [x.sure for x in after[:4]] == [sure for _, sure in table]
+    assert (name, after[4].sure, after[5]) == ("it", False, None)
 
 
 @pytest.mark.parametrize(
@@ -155,9 +176,10 @@ def of(detail):
 def test_same_returns_are_compared_seed_by_seed(kept):
     """A difference to seeds that only the unchanged script has is none."""
     same, other = of("C12"), of("C3")
-    assert (same.same, same.end, same.seeds, same.wanted) == (True, (2, 2, 0, 0), 1, 2)
+    assert (same.same, same.end[:4], same.seeds, same.wanted) == (True, (2, 2, 0, 0), 1, 2)
     assert not other.same
-    assert other.end == pytest.approx((2.1, 2.5, -0.4, None), nan_ok=True)
+    assert other.end[:4] == pytest.approx((2.1, 2.5, -0.4, None), nan_ok=True)
+    assert other.seen == ([2.1], [2, 3])
     assert other.gain == 1.5
 
 
@@ -171,7 +193,8 @@ def test_runs_without_any_episode_are_counted(kept):
 def test_table_and_pictures_are_of_what_is_known(kept, tmp_path):
     """Most harm first, details with nothing in no row; pictures of it can be drawn."""
     everything = [(ablate.Ablation(x, x, ("Toy",)), [of(x)]) for x in ("C3", "C12", "C8", "C9")]
-    everything[0][1][0] = everything[0][1][0]._replace(end=Difference(1.1, 2.5, -1.4, 0.4))
+    changed = {"end": Difference(1.1, 2.5, -1.4, 0.4), "sure": True}
+    everything[0][1][0] = everything[0][1][0]._replace(**changed)
     lines = make_ablation.summary(everything)
     assert lines[2:4] == [
         "| [C3](#c3-c3) | C3 | Toy *-93* (-120 to -67) |",
