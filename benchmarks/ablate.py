@@ -79,7 +79,9 @@ TASKS = {
     "Reviews": Task("ppo_rlhf.py", "", 8320, 5, "the default task of docs/rlhf.md", SCORES),
     "HalfCheetah": Task("ppo_continuous.py", "--env-id HalfCheetah-v5", 300_000, 3),
     "Hopper": Task("ppo_continuous.py", "--env-id Hopper-v5", 300_000, 3),
-    "Breakout": Task("ppo_atari.py", "--env-id BreakoutNoFrameskip-v4 --precision bf16", 200_000, 4),
+    "Breakout": Task(
+        "ppo_atari.py", "--env-id BreakoutNoFrameskip-v4 --precision bf16", 200_000, 4
+    ),
 }
 
 

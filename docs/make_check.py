@@ -36,7 +36,7 @@ MEANS = {
     " and entropy.",
     "time limit": "A time limit is taken for an end: nothing is added for what would have come. The"
     " same state is worth less the nearer the limit is, which an observation does not show.",
-    "value loss": "The loss is the square of the value after clipping, not the larger of both, and"
+    "value loss": "The loss is the squared error of the clipped value, not the larger of both, and"
     " not half of it. A value that has moved by more than the range gets no gradient, even where it"
     " has moved the wrong way; `vf_coef` counts twice. Measured with `clip_range_vf` given: it is"
     " None by default, which clips nothing.",

@@ -175,7 +175,7 @@ def compare(monkeypatch, script, tolerance, prepare=lambda agent: None, **change
         _, theirs = seen.gradients[i]
         assert theirs.keys() == stats.keys() - {"value_clipfrac"}
         for name, value in theirs.items():
-            near = pytest.approx(stats[name], rel=10 * tolerance, abs=10 * tolerance)
+            near = pytest.approx(stats[name], rel=tolerance, abs=tolerance)
             assert value.item() == near, f"{name} of update {i + 1}"
     return {name: np.array([stats[name] for _, stats in updates]) for name in updates[0][1]}
 
