@@ -467,6 +467,7 @@ def answers(folder):
     ]
     found |= {function.__name__: bound(function, ppo) for function in simple}
     found |= {"loss_discrete": bound(loss, ppo), "loss_gaussian": bound(loss, continuous)}
+    found |= {"loss_plain": bound(loss, ppo)}
     found |= {"entropy": bound(entropy, ppo, continuous), "orthogonal": bound(orthogonal, scripts)}
     found |= {"normalization": bound(normalization, continuous)}
     found |= {"lstm": bound(lstm, scripts["atari_lstm"])}

@@ -166,8 +166,11 @@ def all_ways(outputs, clip_coef):
 
 
 def loss(clip_vloss, **inputs):
-    assert clip_vloss
-    return all_ways(lambda clips: minibatch(clip_vloss=clips, **inputs), inputs["clip_coef"])
+    if clip_vloss:
+        return all_ways(lambda clips: minibatch(clip_vloss=clips, **inputs), inputs["clip_coef"])
+    plain = minibatch(clip_vloss=False, **inputs)
+    with with_larger_value_loss(np.inf):  # half of the one there is
+        return plain, {VALUE: minibatch(clip_vloss=False, **inputs)}
 
 
 def value_clipping(new_values, values, returns, clip_coef):
@@ -403,8 +406,9 @@ def iteration(obs, final_obs, actions, permutations, shapes, clip_coef, **others
     return all_ways(outputs, clip_coef)
 
 
+LOSSES = ("loss_discrete", "loss_multidiscrete", "loss_gaussian", "loss_plain")
 FUNCTIONS = {name: gae for name in ("gae", "gae_lambda_0", "gae_lambda_1")}
-FUNCTIONS |= {name: loss for name in ("loss_discrete", "loss_multidiscrete", "loss_gaussian")}
+FUNCTIONS |= {name: loss for name in LOSSES}
 FUNCTIONS |= {f"atari_{game}": atari for game in ("breakout", "mspacman", "pong")}
 FUNCTIONS |= {"gradient_clipping_below": gradient_clipping}
 SIMPLE = [advantage_normalization, value_clipping, entropy, kl, clip_fraction, gradient_clipping]

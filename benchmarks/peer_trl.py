@@ -66,7 +66,7 @@ def gae(rewards, values, next_values, dones, gamma, gae_lambda):
     return {"advantages": found}, {}
 
 
-def whiten(x, mask, shift_mean):
+def whiten(x, mask, shift_mean=True):
     x, mask = tensor(x), torch.tensor(mask)
 
     def outputs():

@@ -18,12 +18,12 @@ PEERS = ("SB3", "CleanRL", "TRL")
 
 # Whole scripts that are there, but were not run: their networks and games are made elsewhere.
 NOT_RUN = {
-    "SB3": ["first_iteration_atari", "first_iteration_continuous", "first_iteration_discrete"],
+    "SB3": ["first_iterations_atari", "first_iterations_continuous", "first_iterations_discrete"],
     "CleanRL": [
-        "first_iteration_atari",
-        "first_iteration_atari_lstm",
-        "first_iteration_continuous",
-        "first_iteration_discrete",
+        "first_iterations_atari",
+        "first_iterations_atari_lstm",
+        "first_iterations_continuous",
+        "first_iterations_discrete",
     ],
     "TRL": [],
 }

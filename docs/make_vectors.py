@@ -3,7 +3,7 @@
     PYTHONPATH=. python docs/make_vectors.py
 
 A file is one call. docs/check_your_own.md says what is in it; the first iterations of the scripts,
-vectors/first_iteration_*.json, are written by tests/test_reference.py.
+vectors/first_iterations_*.json, are written by tests/test_reference.py.
 """
 
 import contextlib
@@ -32,6 +32,7 @@ import ppo_rlhf
 
 FOLDER = Path(__file__).parent / "vectors"
 SAME_STEP = gym.vector.AutoresetMode.SAME_STEP
+SCHEDULES = ("anneal_lr", "anneal_clip", "anneal_ent")
 
 
 # ------------------------------------------------------------------------------------------------
@@ -162,7 +163,7 @@ def gaussian_policy(mean, log_std):
 MOVED = np.array([-0.4, 0.0, 0.05, 0.3, -0.25, 0.0, 0.35, 0.1])  # log-ratios, half of them clipped
 
 
-def loss(script, make_policy, leaves, fixed, actions, detail, about):
+def loss(script, make_policy, leaves, fixed, actions, detail, about, **switches):
     """ppo_loss and its derivatives by `leaves`, of which the policy is made, and the new values."""
     M = len(actions)
     leaves = {name: torch.tensor(x, requires_grad=True) for name, x in leaves.items()}
@@ -178,7 +179,7 @@ def loss(script, make_policy, leaves, fixed, actions, detail, about):
         "returns": wave(M, first=280, scale=1.5),
     }
     coefficients = {"clip_coef": 0.2, "ent_coef": 0.05, "vf_coef": 0.5}
-    coefficients |= {"norm_adv": True, "clip_vloss": True}
+    coefficients |= {"norm_adv": True, "clip_vloss": True} | switches
     tensors = [obs, *map(torch.as_tensor, minibatch.values())]
     total, stats = script.ppo_loss(agent, tensors, kl_coef=None, **coefficients)
     total.backward()
@@ -190,7 +191,7 @@ def loss(script, make_policy, leaves, fixed, actions, detail, about):
     return vector(f"C7 C8 C9 C10 C12 {detail}", about, inputs, outputs, 1e-5)
 
 
-def discrete_loss(nvec, mask, detail, about):
+def discrete_loss(nvec, mask, detail, about, **switches):
     """Actions are valid ones, taken in turn."""
     logits = wave(8, sum(nvec), first=100, scale=2.0)
     parts = np.split(np.ones(logits.shape) if mask is None else mask, np.cumsum(nvec)[:-1], axis=1)
@@ -198,7 +199,7 @@ def discrete_loss(nvec, mask, detail, about):
     actions = np.array([[x[i % len(x)] for i, x in enumerate(rows)] for rows in valid]).T
     fixed = {"nvec": nvec} if mask is None else {"nvec": nvec, "mask": mask}
     policy = ppo_discrete, discrete_policy, {"logits": logits}, fixed
-    return loss(*policy, actions, detail, about)
+    return loss(*policy, actions, detail, about, **switches)
 
 
 def gaussian_loss():
@@ -331,15 +332,15 @@ def record(script, prepare=lambda agent: None, **settings):
     return agent, updates, adam.call_args.kwargs
 
 
-def annealed_run():
+def annealed_run(*names):
     """Five iterations of two steps."""
-    schedules = {"anneal_lr": True, "anneal_clip": True, "anneal_ent": True}
+    schedules = {name: name in names for name in SCHEDULES}
     sizes = {"num_envs": 1, "num_steps": 2, "num_minibatches": 1, "update_epochs": 1}
     return record(ppo_discrete, total_timesteps=10, **sizes, **schedules)
 
 
 def annealing():
-    _, updates, _ = annealed_run()
+    _, updates, _ = annealed_run(*SCHEDULES)
     args = ppo_discrete.Args()
     inputs = {"learning_rate": args.learning_rate, "clip_coef": args.clip_coef}
     inputs |= {"ent_coef": args.ent_coef, "num_iterations": 5, "iterations": [1, 3, 5]}
@@ -347,6 +348,17 @@ def annealing():
     names = "learning_rates", "clip_coefs", "ent_coefs"
     about = "In the first, the middle and the last of five iterations; 0 is never reached."
     return vector("C4 X1 X6", about, inputs, dict(zip(names, zip(*rows, strict=True), strict=True)))
+
+
+def annealing_one_at_a_time():
+    args, outputs = ppo_discrete.Args(), {}
+    inputs = {"learning_rate": args.learning_rate, "clip_coef": args.clip_coef}
+    inputs |= {"ent_coef": args.ent_coef, "num_iterations": 5, "iteration": 3}
+    for name in ("nothing", *SCHEDULES):
+        _, updates, _ = annealed_run(name)
+        outputs[name] = updates[inputs["iteration"] - 1][3]
+    about = "Learning rate, clip_coef and ent_coef in that iteration, if only this is annealed."
+    return vector("C4 X1 X6", about, inputs, outputs)
 
 
 def adam():
@@ -544,7 +556,8 @@ def token_rewards():
 
 
 def whiten(shift_mean):
-    inputs = {"x": wave(4, 5, first=20) + 0.5, "mask": TOKENS, "shift_mean": shift_mean}
+    inputs = {"x": wave(4, 5, first=20) + 0.5, "mask": TOKENS}
+    inputs |= {} if shift_mean else {"shift_mean": False}
     detail = "H52" if shift_mean else "H47"
     about = "Over all tokens that count, to mean 0." if shift_mean else "The mean stays as it is."
     return vector(detail, about, inputs, {"whitened": ppo_rlhf.whiten(**tensors(inputs))})
@@ -625,6 +638,9 @@ VECTORS = {
     "loss_multidiscrete": lambda: discrete_loss([3, 2, 4], None, "M1", "Three choices at a time."),
     "loss_masked": lambda: discrete_loss([5], MASK, "X4", "Choices whose mask is 1 are valid."),
     "loss_gaussian": gaussian_loss,
+    "loss_plain": lambda: discrete_loss(
+        [5], None, "", "Advantages and value loss as they are.", norm_adv=False, clip_vloss=False
+    ),
     "value_clipping": value_clipping,
     "entropy": entropy,
     "kl": kl,
@@ -633,6 +649,7 @@ VECTORS = {
     "gradient_clipping_below": lambda: gradient_clipping(10.0),
     "adam": adam,
     "annealing": annealing,
+    "annealing_one_at_a_time": annealing_one_at_a_time,
     "orthogonal": orthogonal,
     "normalization": normalization,
     "atari_breakout": lambda: atari("Breakout", 160, held=3),

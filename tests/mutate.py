@@ -17,7 +17,7 @@ a line with two tags is counted for both.
 Mutants of lines without a tag are drawn at random from the syntax trees of the scripts, all of them
 alike. No docstring, annotation, import, f-string or text of an error is changed: they are no
 behaviour. A mutant is tried against the tests that run its script, without those of learning, for
-ten minutes: quick ones that run its very line first, or none, for they look at what imports leave.
+ten minutes: first the quick ones that run its very line, or no line of a script while they run.
 Which lines a test runs, also in the processes it starts, is written down beforehand, without any
 mutation; a test that fails then is left out.
 
@@ -365,9 +365,9 @@ def vectors() -> dict[str, tuple[list[str], str]]:
     """name -> its details and its test"""
     found = {}
     for path in sorted((ROOT / "docs" / "vectors").glob("*.json")):
-        name, first = path.stem, path.stem.removeprefix("first_iteration_")
+        name, first = path.stem, path.stem.removeprefix("first_iterations_")
         test = f"test_up_to_date[{name}]"
-        test = test if name == first else f"test_first_iteration_equals_the_vectors[{first}]"
+        test = test if name == first else f"test_first_iterations_equal_the_vectors[{first}]"
         found[name] = json.loads(path.read_text())["detail"], test
     return found
 
@@ -656,21 +656,29 @@ def report(mutants: list[Mutant]) -> list[str]:
 
 
 def report_vectors(mutants: list[Mutant]) -> list[str]:
-    """A row for each vector, then which mutants it runs and does not notice."""
-    rows, missed = [], {}
+    """A row for each vector, then what each mutant is noticed by, and by which that run it not."""
+    rows, seen = [], {}
     for name, (detail, test) in vectors().items():
         group = [x for x in mutants if {*x.tags} & {*detail}]
         tried = [x for x in group if any(y.endswith(test) for y in x.tried)]
         unnoticed = [x for x in tried if not any(y.endswith(test) for y in x.noticed)]
         numbers = len(group), len(tried), len(tried) - len(unnoticed), len(unnoticed)
         rows.append([f"{name}.json", " ".join(detail), *numbers])
-        for mutant in unnoticed:
-            missed.setdefault((mutant.verdict, str(mutant)), []).append(name)
+        for mutant in tried:
+            by = seen.setdefault(str(mutant), ([], []))
+            by[mutant in unnoticed].append(name)
     lines = table(["vector", "details", "mutants", "tried", "noticed", "not noticed"], rows)
-    for verdict, words in ("survived", "by no vector"), ("caught", "by some vectors only"):
-        some = {mutant: names for (x, mutant), names in missed.items() if x == verdict}
-        lines += ["", f"Noticed {words}: {len(some) or 'none'}; tried with", ""]
-        lines += [f"- `{mutant}`<br>{', '.join(names)}" for mutant, names in some.items()]
+    for title, kind in (
+        ("Noticed by no vector", (False, True)),
+        ("Noticed by some and not by others", (True, True)),
+        ("Noticed by each that runs them", (True, False)),
+    ):
+        some = {x: by for x, by in seen.items() if tuple(map(bool, by)) == kind}
+        lines += ["", f"{title}: {len(some) or 'none'}", ""]
+        for mutant, (noticed, unnoticed) in some.items():
+            parts = [f"by {', '.join(noticed)}"] if noticed else []
+            parts += [f"not by {', '.join(unnoticed)}"] if unnoticed else []
+            lines.append(f"- `{mutant}`<br>{'; '.join(parts)}")
     return lines
 
 

@@ -102,19 +102,22 @@ def objective(logprobs, entropy, values, minibatch, args):
             - c2 mean_i S_i
 
     minibatch: each [M], log pi_old(a|s), V_old(s), A and R. A is normalized to mean 0 and standard
-    deviation 1. -> the derivatives by log pi(a|s) and by V(s), each [M], statistics
+    deviation 1 with args.norm_adv; without args.clip_vloss the value loss is (V_i - R_i)^2 / 2.
+    -> the derivatives by log pi(a|s) and by V(s), each [M], statistics
     """
     old_logprobs, old_values, advantages, returns = minibatch
     M, eps = len(values), args.clip_coef
 
-    A = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
+    normalized = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
+    A = normalized if args.norm_adv else advantages
     ratio = np.exp(logprobs - old_logprobs)
     plain, clipped = ratio * A, np.clip(ratio, 1 - eps, 1 + eps) * A
     policy_loss = -np.minimum(plain, clipped).mean()
     by_logprob = -np.where(plain <= clipped, plain, 0.0) / M  # d r / d log pi = r
 
     moved = values - old_values
-    plain, clipped = values - returns, old_values + np.clip(moved, -eps, eps) - returns
+    near = old_values + np.clip(moved, -eps, eps) if args.clip_vloss else values
+    plain, clipped = values - returns, near - returns
     value_loss = np.maximum(plain**2, clipped**2).mean() / 2
     stopped = (np.abs(moved) > eps) & (clipped**2 > plain**2)
     by_value = args.vf_coef * np.where(stopped, 0.0, plain) / M

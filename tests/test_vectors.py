@@ -26,7 +26,7 @@ BLOCKS = re.findall(r"(?ms)^```python\n(.+?)^```$", PAGE)
 FILES = sorted(make_vectors.FOLDER.glob("*.json"))
 REWRITE = "if this change is meant: PYTHONPATH=. python docs/make_vectors.py"
 
-FIRST = [path.stem for path in FILES if path.stem.startswith("first_iteration_")]
+FIRST = [path.stem for path in FILES if path.stem.startswith("first_iterations_")]
 
 each_file = pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 each_name = pytest.mark.parametrize("name", make_vectors.VECTORS)
@@ -83,9 +83,8 @@ def choices(logits, nvec, actions, mask=None):
 def loss(
     new_values, actions, logprobs, values, advantages, returns, norm_adv, clip_vloss, **others
 ):
-    assert norm_adv and clip_vloss
     coefficients = {k: others.pop(k) for k in ("clip_coef", "ent_coef", "vf_coef")}
-    c = SimpleNamespace(**coefficients)
+    c = SimpleNamespace(**coefficients, norm_adv=norm_adv, clip_vloss=clip_vloss)
     minibatch = logprobs, values, advantages, returns
     if "logits" in others:
         new_logprobs, entropy, by_logit, entropy_by_logit = choices(actions=actions, **others)
@@ -158,6 +157,14 @@ def annealing(learning_rate, clip_coef, ent_coef, num_iterations, iterations):
     left = (num_iterations + 1 - iterations) / num_iterations
     names = "learning_rates", "clip_coefs", "ent_coefs"
     return dict(zip(names, np.outer([learning_rate, clip_coef, ent_coef], left), strict=True))
+
+
+def annealing_one_at_a_time(learning_rate, clip_coef, ent_coef, num_iterations, iteration):
+    rates, left = [learning_rate, clip_coef, ent_coef], (num_iterations + 1 - iteration)
+    factors = dict(zip(("anneal_lr", "anneal_clip", "anneal_ent"), np.eye(3), strict=True))
+    factors |= {"nothing": np.zeros(3)}
+    left = left / num_iterations
+    return {name: rates * np.where(on, left, 1.0) for name, on in factors.items()}
 
 
 def orthogonal(shapes):
@@ -293,7 +300,7 @@ def token_rewards(scores, has_eos, kl, mask, kl_coef, missing_eos_penalty):
     return {"rewards": rewards}
 
 
-def whiten(x, mask, shift_mean):
+def whiten(x, mask, shift_mean=True):
     some = x[mask]
     result = (some - some.mean()) / np.sqrt(some.var() + 1e-8) + (0 if shift_mean else some.mean())
     whitened = np.zeros(x.shape)
@@ -317,7 +324,7 @@ def iteration(
     obs, final_obs, rewards, terminated, truncated, actions, permutations, shapes, **settings
 ):
     """What a time limit cuts off is added to the last reward before it."""
-    args = SimpleNamespace(num_steps=len(rewards), **settings)
+    args = SimpleNamespace(num_steps=len(rewards), norm_adv=True, clip_vloss=True, **settings)
     params = {}
     for name, shape in shapes.items():
         k = np.arange(np.prod(shape), dtype=float)
@@ -344,13 +351,14 @@ def iteration(
 
 FUNCTIONS = [gae, advantage_normalization, loss, value_clipping, entropy, kl, clip_fraction]
 FUNCTIONS += [gradient_clipping, adam, annealing, orthogonal, normalization, atari, lstm]
+FUNCTIONS += [annealing_one_at_a_time]
 FUNCTIONS += [token_rewards, whiten, group_advantages, iteration]
 
 
 def witness(name):
     """Names of files begin with that of a function."""
-    (function,) = [f for f in FUNCTIONS if f"{name}_".startswith(f"{f.__name__}_")]
-    return function
+    found = [f for f in FUNCTIONS if f"{name}_".startswith(f"{f.__name__}_")]
+    return max(found, key=lambda f: len(f.__name__))
 
 
 # ------------------------------------------------------------------------------------------------
@@ -443,7 +451,9 @@ def test_gae_has_all_kinds_of_ends():
     assert x["next_values"][x["dones"] == 1].tolist() == [0, 0.7, 0]
 
 
-@pytest.mark.parametrize("name", [x for x in make_vectors.VECTORS if x.startswith("loss_")])
+@pytest.mark.parametrize(
+    "name", [f"loss_{x}" for x in ("discrete", "gaussian", "masked", "multidiscrete")]
+)
 def test_losses_are_clipped_on_both_sides(name):
     """Ratios beyond the range with advantages of both signs, values stopped and not."""
     vector = read(name)
@@ -456,6 +466,16 @@ def test_losses_are_clipped_on_both_sides(name):
     stopped = np.array(vector["outputs"]["grad_new_values"]) == 0
     assert not (stopped & ~moved).any()
     assert 0 < stopped.sum() < moved.sum() < 8
+
+
+def test_switches_that_are_off_are_told_from_those_that_are_on():
+    """Of the same minibatch."""
+    on, off = (read(f"loss_{x}") for x in ("discrete", "plain"))
+    changed = {k for k, x in on["inputs"].items() if x != off["inputs"][k]}
+    assert changed == {"norm_adv", "clip_vloss"}
+    assert off["outputs"]["policy_loss"] != pytest.approx(on["outputs"]["policy_loss"], rel=0.01)
+    assert off["outputs"]["value_loss"] < 0.99 * on["outputs"]["value_loss"]
+    assert 0 not in off["outputs"]["grad_new_values"]
 
 
 def test_values_are_at_the_edge_and_beyond():
