@@ -76,7 +76,7 @@ SECTIONS = {
     ],
     "Atari": [
         Group("BreakoutNoFrameskip-v4", LONG, None, 350, (414.66, 28.09), (405.73, 11.47)),
-        Group("PongNoFrameskip-v4", LONG, None, None, (20.36, 0.20), (20.45, 0.81)),
+        Group("PongNoFrameskip-v4", LONG, None, 20, (20.36, 0.20), (20.45, 0.81)),
         Group("PongNoFrameskip-v4", BF16, -18, -18),
         Group("PongNoFrameskip-v4", FP32),
         Group("PongNoFrameskip-v4", MEMORY, None, None, (19.81, 0.62), (19.79, 0.67)),
