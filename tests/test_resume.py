@@ -363,6 +363,7 @@ def test_a_disk_that_is_full(monkeypatch):
     assert (folder / "metrics.csv").read_bytes().endswith(b"\n")
 
 
+@pytest.mark.slow
 def test_metrics_are_whole_where_the_disk_is_full(tmp_path):
     limit = (100_000, 100_000)  # of each file: metrics.csv reaches it first
     process = start(
@@ -823,7 +824,9 @@ def test_no_time_limit_for_a_step():
     ("what", "words"),
     [
         ("raise KeyError('no licence')", "its process has ended, exit code 1"),
-        ("time.sleep(1000)", "no answer in 2 seconds, --env-timeout"),
+        pytest.param(
+            *("time.sleep(1000)", "no answer in 2 seconds, --env-timeout"), marks=pytest.mark.slow
+        ),
     ],
 )
 def test_an_environment_that_cannot_be_made_in_its_process(what, words):
@@ -1035,7 +1038,9 @@ def test_a_table_although_it_cannot_be_written(capsys):
     assert len(err.splitlines()) == 1 and "eval.csv" in err
 
 
-@each_script
+@pytest.mark.parametrize(
+    "name", [*list(SCRIPTS)[:3], pytest.param("atari_lstm", marks=pytest.mark.slow)]
+)
 def test_the_games_of_an_evaluation_have_seeds_of_their_own(name, capsys, monkeypatch):
     """Others than those of training, each environment another."""
     if "atari" in name:

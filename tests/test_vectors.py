@@ -548,6 +548,7 @@ def test_code_in_torch():
     assert check(make_vectors.FOLDER / "gae.json", page["gae"], torch.as_tensor)
 
 
+@pytest.mark.slow
 def test_code_in_jax(monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
     code = "".join(BLOCKS)
