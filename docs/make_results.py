@@ -159,10 +159,10 @@ TEXTS = {
     "are shorter and of older commits, whose random numbers were others: they say that it learns,\n"
     "not where it ends. Not run: Breakout with memory, BeamRider, Qbert.",
     "Swimmer": "The same runs, with other flags. Baselines takes a time limit for the end of an\n"
-    "episode; to do so here, `--no-bootstrap-truncation`, lowers the score, so that is not why\n"
-    "Swimmer is below its figure. What holds Swimmer down is gamma, 0.99 in both: the same seeds\n"
-    "come much further with `--gamma 0.999`. Episodes have 1,000 steps, and 0.99 counts on some\n"
-    "hundred of them.",
+    "episode; to do so here, `--no-bootstrap-truncation`, does not raise the score, so that is\n"
+    "not why Swimmer is below its figure. What holds Swimmer down is gamma, 0.99 in both: the\n"
+    "same seeds come much further with `--gamma 0.999`. Episodes have 1,000 steps, and 0.99\n"
+    "counts on some hundred of them.",
     "Time limits": "300,000 steps. `python ppo_continuous.py --env-id Pendulum-v1\n"
     "--total-timesteps 300000 --seed SEED --no-cuda --torch-threads 1`, once with\n"
     "`--no-bootstrap-truncation`. Every episode of Pendulum-v1 is cut off by its time limit. With\n"

@@ -1656,6 +1656,23 @@ def test_wandb_run_goes_on(recorders, monkeypatch):
     assert logged == rows(run.folder, wall_clock=True)
 
 
+def test_wandb_run_is_kept_in_mind_by_a_part_without_it(recorders, monkeypatch):
+    run = stopped_in_ppo(monkeypatch, track=True)
+    train(args=parse("--resume", run.folder, "--no-track"))
+    assert len(recorders) == 1
+    assert checkpoint(run.folder)["wandb_id"] == "recorded"
+
+
+def test_wandb_gets_all_that_follows_a_part_without_it_that_was_killed(recorders, monkeypatch):
+    """Rows behind its checkpoint were never sent."""
+    run = stopped_in_ppo(monkeypatch)
+    before = len(rows(run.folder, wall_clock=True))
+    with open(run.folder / "metrics.csv", "a") as file:
+        file.write("56,1.0,losses/x,0.1\n" * 100)
+    train(args=parse("--resume", run.folder, "--track"))
+    assert cells(recorders[0].rows) == rows(run.folder, wall_clock=True)[before:]
+
+
 def test_wandb_gets_no_row_twice(recorders, monkeypatch):
     """Rows logged between the last checkpoint and a kill are there already, after three kills, too.
 

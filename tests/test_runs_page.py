@@ -1,5 +1,6 @@
 """docs/runs.md: its commands in their order, in one folder, and its programs."""
 
+import csv
 import os
 import re
 import subprocess
@@ -51,6 +52,14 @@ def test_commands():
     assert len(list(folder.glob("videos/evaluation-*.mp4"))) >= 3
     files = re.findall(r"(?m)^\| `([\w.]+)/?` \|", PAGE)
     assert sorted(files) == sorted(x.name for x in folder.iterdir())
+
+
+def test_seconds_between_two_checkpoints():
+    path = ROOT / "docs" / "results" / "long" / "PongNoFrameskip-v4__ppo_atari__1" / "metrics.csv"
+    with open(path) as file:
+        times = [float(x["time"]) for x in csv.DictReader(file) if x["name"] == "charts/SPS"]
+    seconds = np.median(np.subtract(times[100:], times[:-100]))
+    assert f"there were {seconds:.0f} seconds, the median" in PAGE
 
 
 def test_table_of_the_evaluation():
