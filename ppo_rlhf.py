@@ -53,7 +53,6 @@ import platform
 import re
 import runpy
 import shlex
-import shutil
 import signal
 import subprocess
 import sys
@@ -752,10 +751,9 @@ def frugal(network, args, device):
     layers = next(x for x in model.modules() if isinstance(x, nn.ModuleList))
     if args.precision == "pure-bf16":
         model.to(torch.bfloat16)
+    how = {"use_reentrant": False, "preserve_rng_state": False}
     for layer in layers if args.gradient_checkpointing else ():
-        layer.forward = functools.partial(
-            checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False
-        )
+        layer.forward = functools.partial(checkpoint, layer.forward, **how)
     if args.precision == "bf16":  # but not for the head of a number
         inner = network if isinstance(network, Policy) else model
         inner.forward = torch.autocast(device.type, torch.bfloat16)(inner.forward)
@@ -813,10 +811,9 @@ def lora_config(trunk, rank, **more):
     """Adapters for all products of the layers; their output counts twice, as is usual."""
     conv1d = sys.modules["transformers"].pytorch_utils.Conv1D  # GPT-2's, transposed
     products = {n: x for n, x in trunk.named_modules() if isinstance(x, (nn.Linear, conv1d))}
-    names = {n.removesuffix(".base_layer") for n in products if "lora_" not in n}
-    names = sorted({name.rpartition(".")[2] for name in names})
+    names = {x.removesuffix(".base_layer").rpartition(".")[2] for x in products if "lora_" not in x}
     transposed = any(isinstance(x, conv1d) for x in products.values())
-    names = dict(target_modules=names, fan_in_fan_out=transposed)
+    names = dict(target_modules=sorted(names), fan_in_fan_out=transposed)
     return sys.modules["peft"].LoraConfig(r=rank, lora_alpha=2 * rank, **names, **more)
 
 
@@ -1230,8 +1227,7 @@ def train_rm(args, task, agent, run):
     last = torch.cat([x[-unseen:] for x in (chosen, rejected)])  # all of them, if there is one
     (scores,) = spread(lambda x: [reward_scores(model, x)], args.micro_batch_size, last)
     model.normalize(scores)  # [H28] samples of the SFT policy, all of them
-    margin = torch.sub(*scores.chunk(2)).cpu().numpy()
-    gold_margin = gold_margin[-unseen:]
+    margin, gold_margin = torch.sub(*scores.chunk(2)).cpu().numpy(), gold_margin[-unseen:]
     right, differ = np.heaviside(margin, 0.5), gold_margin != 0  # a tie counts half
     results = {"rm/accuracy": right.mean()}  # [H31] of the labels, ...
     if task.gold:  # ... of the gold reward itself, and without the labels' noise
@@ -1277,7 +1273,7 @@ def score_function(args, task, agent, run):
             values = opinions(function, columns) if rank_of()[0] == 0 else None
             values = of_all_ranks(values)[0]  # called once, whatever it depends on
             if isinstance(values, str):
-                run.stop(f"{name} {values}")
+                run.stop(f"{name} {values}", save=True)
             scores += weight * torch.tensor(values).to(scores)
         return scores
 
@@ -1386,8 +1382,7 @@ def train_ppo(args, task, agent, run):
         # update: several epochs of minibatches drawn without replacement
         batch = [tokens, logprobs, values, advantages, returns, reference_logprobs, mask]
         batch, settings = [*batch, mask.sum(1).cpu()], (*coefficients, in_loss)
-        ptx_tokens, ptx_size = None, args.ptx_ratio * args.minibatch_size
-        stats = []
+        stats, ptx_tokens, ptx_size = [], None, args.ptx_ratio * args.minibatch_size
         for _ in range(args.update_epochs):
             order = torch.as_tensor(rng.permutation(B))  # [H58]
             for indices in order.split(args.minibatch_size):  # [H56]
@@ -1512,23 +1507,21 @@ def parse_args(argv: list[str]) -> Args:
 
     What is not given is as in the checkpoint of --resume or --load, or as the task wants it.
     """
-    names = [field.name for field in dataclasses.fields(Args) if field.type is bool]
-    names = "|".join(names).replace("_", "[-_]")
-    argv = [re.sub(rf"^--({names})=[Tt]rue$", r"--\1", arg) for arg in argv]
-    argv = [re.sub(rf"^--({names})=[Ff]alse$", r"--no-\1", arg) for arg in argv]
+    flag = "|".join(x.name for x in dataclasses.fields(Args) if x.type is bool).replace("_", "[-_]")
+    argv = [re.sub(rf"^--({flag})=[Tt]rue$", r"--\1", arg) for arg in argv]
+    argv = [re.sub(rf"^--({flag})=[Ff]alse$", r"--no-\1", arg) for arg in argv]
     args = tyro.cli(Args, args=argv, description=__doc__.splitlines()[0])
     default = SORT if args.task == "sort" else {}
+    judged = float(bool(args.pref_data or args.reward_model))
     if args.model:
         data = (args.sft_data, args.pref_data, args.prompts, args.prompts)
         stages = [stage for stage, path in zip(STAGES, data, strict=True) if path]
-        default = REAL | {"stages": ",".join(stages) or args.stages}
-        default |= {"rm_coef": float(bool(args.pref_data or args.reward_model))}
+        default = REAL | {"stages": ",".join(stages) or args.stages, "rm_coef": judged}
         default |= LORA if args.lora_rank else {}
     if path := args.resume or args.load:
         data = load_checkpoint(path)
         default = data["args"] | {"resume": None, "load": None}
         if args.load:
-            judged = float(bool(args.pref_data or args.reward_model))
             default["rm_coef"] = default["rm_coef"] or judged
             stages = STAGES[min(data["stage"], 2) :]  # PPO again, at least
             none = default["model"] and not default["rm_coef"]
@@ -1551,8 +1544,7 @@ def check_args(args: Args):
     if args.d_model % args.num_heads:
         fail(f"--d-model {args.d_model} cannot be divided into {args.num_heads} --num-heads")
     if args.batch_size % args.num_minibatches:
-        parts = f"{args.num_minibatches} equal --num-minibatches"
-        fail(f"--batch-size {args.batch_size} cannot be divided into {parts}")
+        fail(f"--batch-size {args.batch_size} is no multiple of {args.num_minibatches} minibatches")
     if args.batch_size % args.group_size:
         fail(f"--batch-size {args.batch_size} is no multiple of --group-size {args.group_size}")
     if args.group_size > 1 and (args.value_model or args.whiten_rewards):
@@ -1564,9 +1556,12 @@ def check_args(args: Args):
         fail(f"--stages {args.stages}: choose from {','.join(STAGES)}, in this order")
     path = args.resume or args.load
     data = load_checkpoint(path) if path else {"stage": 0, "numbers": {}}
-    for name in ("task", "model", "seed", "batch_size", "group_size") if args.resume else ():
-        if getattr(args, name) != (was := data["args"].get(name, 1)):
-            fail(f"--resume {path}: --{name.replace('_', '-')} was {was}; that is another run")
+    for name, old in data["args"].items() if args.resume else ():
+        if name not in ("resume", "load") and (new := getattr(args, name)) != old:
+            change = f"--{name.replace('_', '-')} is {new}, it was {old}"
+            if name in ("task", "model", "seed", "batch_size", "group_size"):
+                fail(f"{change}; that is another run than {path}")
+            say(change)
     if args.resume and data["stage"] > 2 and args.total_episodes > data["args"]["total_episodes"]:
         fail(f"--resume {path}: ppo is over, no more --total-episodes; --load does it anew")
     if args.load and stages[0] == "sft":
@@ -1626,7 +1621,7 @@ def load_checkpoint(path: str) -> dict:
     try:
         data = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         Args(**data["args"]), data["stage"]
-        return data | {"folder": path.parent}
+        return data | {"folder": path.parent, "path": path}
     except Exception as error:
         fail(f"{path} is no checkpoint of ppo_rlhf.py: {type(error).__name__}: {error}")
 
@@ -1677,8 +1672,10 @@ class Run:
     global_step is what a stage has seen: demonstrations (sft/*), pairs (rm/*), episodes (others).
     """
 
+    now = None  # the run of this process
+
     def __init__(self, args: Args, device: torch.device, agent: Agent):
-        self.args, self.device, self.agent, self.checkpoint = args, device, agent, args.resume
+        self.args, self.device, self.agent, self.checkpoint = args, device, agent, None
         self.stage, self.step, self.optimizer, self.signal, self.warned = 0, 0, None, 0, set()
         self.numbers, self.data, path = {"gold_units": [0.0, 1.0]}, {}, args.resume or args.load
         derived = {name: getattr(args, name) for name in ("minibatch_size", "num_iterations")}
@@ -1690,12 +1687,11 @@ class Run:
             self.restore(data)
         if args.resume:
             self.data, self.stage, self.step = data, data["stage"], data["step"]  # [H69]
-            self.folder, self.frozen = data["folder"], data["frozen"]
+            self.folder, self.frozen, self.checkpoint = data["folder"], data["frozen"], data["path"]
         self.rank, self.ranks = rank_of()
         self.lines, self.sent = 1, 0  # of metrics.csv: now, and when the run was resumed
-        if self.rank > 0:  # the first one names, writes and shows
-            self.files = [open(os.devnull, "w") for _ in FILES]
-        else:
+        self.bytes = dict(zip(FILES, self.data.get("bytes", (0, 0)), strict=True))
+        if self.rank == 0:  # it names, writes and shows
             self.open_folder(config | origin(device))
         self.folder = of_all_ranks(self.folder)[0]
         self.wandb, self.bar = None, tqdm(disable=True)
@@ -1707,13 +1703,12 @@ class Run:
             try:
                 self.wandb = wandb.init(**names, config=config, save_code=True)
             except wandb.Error as error:
-                if not args.resume:
-                    shutil.rmtree(self.folder)
                 fail(f"Weights & Biases: {error}")
             self.wandb.define_metric("*", step_metric="global_step")
         self.start_time = time.time() - self.data.get("seconds", 0.0)
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self.on_signal)
+        Run.now = self
         if hasattr(os, "register_at_fork"):  # SIGTERM ends what a reward function starts
             os.register_at_fork(after_in_child=lambda: signal.signal(number, signal.SIG_DFL))
 
@@ -1723,7 +1718,7 @@ class Run:
         try:
             if args.resume:
                 old = json.loads((self.folder / "config.json").read_text())
-                rows = (self.folder / FILES[0]).read_bytes()
+                rows, _ = [(self.folder / name).read_bytes() for name in FILES]
                 self.lines = rows[: self.data["bytes"][0]].count(b"\n")
                 self.sent = max(old.get("sent", 0), rows.count(b"\n") * self.data["args"]["track"])
                 config = old | {"resumed": [*old.get("resumed", []), config], "sent": self.sent}
@@ -1734,13 +1729,11 @@ class Run:
                     with contextlib.suppress(FileExistsError):
                         self.folder.mkdir(parents=True)
                         break
-                shutil.copy(__file__, self.folder)
-                (self.folder / FILES[0]).write_text("global_step,time,name,value\n")
+                (self.folder / Path(__file__).name).write_bytes(Path(__file__).read_bytes())
             (self.folder / "config.tmp").write_text(json.dumps(config, indent=2) + "\n")
             os.replace(self.folder / "config.tmp", self.folder / "config.json")
-            for name, size in zip(FILES, self.data.get("bytes", ()), strict=False):
-                os.truncate(self.folder / name, size)  # nothing stands twice
-            self.files = [open(self.folder / name, "a", buffering=1) for name in FILES]  # lines
+            self.append(FILES[0], "" if args.resume else "global_step,time,name,value\n")
+            self.append(FILES[1], "")  # nothing stands twice
         except (OSError, ValueError) as error:
             fail(f"a run needs a folder to write to: {error}")
 
@@ -1762,8 +1755,7 @@ class Run:
                 models["policy"] = sft  # not where PPO has arrived
             for name, path in paths.items():
                 again = name == "reward_model" and "rm" in self.args.stages  # with a new head
-                other = getattr(self.args, path) != data["args"][path]
-                if self.args.load and (again or other):
+                if self.args.load and (again or getattr(self.args, path) != data["args"][path]):
                     models.pop(name, None)
             unused = {"value_model", *["reward_model"] * (not self.args.rm_coef)}
             for name in models.keys() - (unused if self.args.load else {}):
@@ -1815,13 +1807,25 @@ class Run:
                 tqdm.write(f"warning: {message}", file=sys.stderr)
             self.warned.add(message)
 
+    def append(self, name: str, text: str):
+        """Whole lines to a file of the first rank, or none: the disk may be full."""
+        if self.rank == 0:
+            try:
+                with open(self.folder / name, "a", newline="\n") as file:
+                    file.write(text)
+                    if not text:
+                        os.fsync(file.fileno())  # all that was written before
+                self.bytes[name] += len(text)
+            finally:
+                os.truncate(self.folder / name, self.bytes[name])
+
     def log(self, global_step: int, metrics: dict[str, float]):
         """One row for each metric in metrics.csv, one row for all of them in W&B."""
         seconds = time.time() - self.start_time
         self.last |= metrics
-        for name, value in metrics.items():
-            self.files[0].write(f"{global_step},{seconds:.3f},{name},{value:.9g}\n")
-        self.lines += len(metrics)
+        rows = [f"{global_step},{seconds:.3f},{name},{x:.9g}\n" for name, x in metrics.items()]
+        self.append(FILES[0], "".join(rows))
+        self.lines += len(rows)
         if self.wandb and self.lines > self.sent:  # no curve runs back
             self.wandb.log({"global_step": global_step} | metrics)
 
@@ -1830,9 +1834,8 @@ class Run:
         self.log(global_step, metrics)
         if iteration % 10 == 1 or iteration == self.args.num_iterations:
             shown = {"proxy": "objective/scores", "gold": "gold/score", "KL": "objective/kl"}
-            shown = {name: metrics[key] for name, key in shown.items() if key in metrics}
-            line = "".join(f"  {name} {value:6.2f}" for name, value in shown.items())
-            say(f"ppo: {global_step:6,} episodes{line}")
+            words = [f"  {name} {metrics[x]:6.2f}" for name, x in shown.items() if x in metrics]
+            say(f"ppo: {global_step:6,} episodes{''.join(words)}")
 
     def log_samples(self, iteration, global_step, task, rows, tokens, **numbers):
         """[H67] Every ten iterations, 16 texts and what they were worth; in W&B a table of them."""
@@ -1844,10 +1847,9 @@ class Run:
                 | {name: x[i].item() for name, x in numbers.items()}
                 for i, text in enumerate(read_texts(task, responses))
             ]
-            self.files[1].writelines(json.dumps(sample) + "\n" for sample in samples)
+            self.append(FILES[1], "".join(json.dumps(sample) + "\n" for sample in samples))
             if self.wandb and self.lines > self.sent:
-                rows = [[*sample.values()] for sample in samples]
-                table = sys.modules["wandb"].Table([*samples[0]], rows)
+                table = sys.modules["wandb"].Table([*samples[0]], [[*x.values()] for x in samples])
                 self.wandb.log({"global_step": global_step, "samples": table})
 
     def check_finite(self, global_step: int, last_step_good=True, **data):
@@ -1856,11 +1858,14 @@ class Run:
             if not torch.as_tensor(value).isfinite().all():
                 self.stop(f"{name} not finite at step {global_step}", save=last_step_good)
 
-    def stop(self, message: str, save=True):
-        """Fail, what was learned until the last step kept."""
+    def stop(self, message: str, save=False):
+        """Fail, what was learned until the last step kept if `save`, all files whole."""
         if save:
             self.save_checkpoint()
         self.bar.close()
+        for unfinished in self.folder.glob("*.tmp") if self.rank == 0 else ():
+            with contextlib.suppress(OSError):  # the folder may be read-only
+                unfinished.unlink()
         fail(f"{message}; last good checkpoint: {self.checkpoint or 'none yet'}")
 
     def save_checkpoint(self):
@@ -1877,9 +1882,11 @@ class Run:
         data = {"args": dataclasses.asdict(self.args), "stage": self.stage, "step": self.step}
         data |= {"models": {name: models[name] for name in learn if name in models}}
         data |= {"numbers": self.numbers, "seconds": time.time() - self.start_time}
-        data |= {"frozen": self.frozen, "bytes": [x.tell() for x in self.files if self.rank == 0]}
+        data |= {"frozen": self.frozen, "bytes": [*self.bytes.values()]}
         data |= {"wandb_id": self.wandb.id if self.wandb else self.data.get("wandb_id")}
         data |= {"optimizer": whole(self.optimizer.state_dict())} if self.optimizer else {}
+        for name in FILES:  # what the checkpoint counts on
+            self.append(name, "")
         self.checkpoint = self.write("checkpoint.pt", data)
 
     def write(self, name: str, data: dict) -> Path:
@@ -1901,8 +1908,6 @@ class Run:
         if number:
             self.save_checkpoint()
         self.bar.close()
-        for file in self.files:
-            file.close()
         code = 128 + number if number else 0
         if self.wandb:
             self.wandb.finish(exit_code=code)
@@ -1927,13 +1932,9 @@ def evaluate(args, task, agent, run):
         best = pool[scores[:n].argmax(0), torch.arange(len(prompts))]
         columns[f"best of {n}"] = (best, math.log(n) - (n - 1) / n)  # its exact KL
     tokens, _ = sample(args, task, agent.policy, prompts, rng)
-
-    def kl(tokens):
-        return [torch.sub(*(response_logprobs(x, tokens, P) for x in both)).sum(1)]
-
-    both = (agent.policy, agent.reference)
-    (kl_of_texts,) = spread(kl, args.micro_batch_size, tokens)
-    columns["PPO"] = (tokens, kl_of_texts.mean().item())
+    both, size = (agent.policy, agent.reference), args.micro_batch_size
+    logprobs = spread(lambda x: [response_logprobs(y, x, P) for y in both], size, tokens)
+    columns["PPO"] = (tokens, torch.sub(*logprobs).sum(1).mean().item())
 
     table, shown, before = {}, [[x] for x in read_texts(task, prompts[:4])], None
     step = args.num_iterations * args.batch_size
@@ -1952,7 +1953,7 @@ def evaluate(args, task, agent, run):
             shown[i].append(f"  {name}  {worth}  {text}")
             answer = {"global_step": step, "policy": name, "prompt": rows[i]["prompt"]}
             answer |= {"response": text, "score": float(proxy[i])}
-            run.files[1].write(json.dumps(answer) + "\n")
+            run.append(FILES[1], json.dumps(answer) + "\n")
     say(f"\n{f'{len(prompts)} prompts':18}", *(f"{name:>11}" for name in table))
     for row in table["SFT"]:
         say(f"{row:18}", *(f"{column[row]:11.3f}" for column in table.values()))
@@ -1970,8 +1971,7 @@ def merged_weights(model: nn.Module) -> dict:
     for layer in [name.removesuffix(end) for name in state if name.endswith(end)]:
         adapted = model.get_submodule(layer)
         a, b = (state[f"{layer}.lora_{x}.default.weight"] for x in "AB")
-        product = adapted.scaling["default"] * (b @ a)
-        product = product.T if adapted.fan_in_fan_out else product
+        product = adapted.scaling["default"] * ((b @ a).T if adapted.fan_in_fan_out else b @ a)
         state[f"{layer}.base_layer.weight"] = state[f"{layer}.base_layer.weight"] + product
     return {k.replace(".base_layer", ""): x for k, x in state.items() if ".lora_" not in k}
 
@@ -2124,6 +2124,6 @@ if __name__ == "__main__":
     except RuntimeError as error:
         if not re.search("gloo|NCCL", str(error)):
             raise
-        fail("another rank has ended")
-    except OSError as error:  # a disk that is full, a folder that has gone
-        fail(f"the run's folder cannot be written to: {error}")
+        (Run.now.stop if Run.now else fail)("another rank has ended")
+    except OSError as error:  # a disk is full, a folder has gone
+        Run.now.stop(f"{Run.now.folder} cannot be written to: {error}") if Run.now else fail(error)

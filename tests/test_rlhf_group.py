@@ -336,7 +336,7 @@ def test_x7_resumed_is_as_not_interrupted(monkeypatch, capsys):
     assert args.group_size == 4 and args.loss_mean == "response"
     with pytest.raises(SystemExit):
         rlhf.check_args(rlhf.parse_args(["--resume", str(part), "--group-size", "1"]))
-    assert "--group-size was 4; that is another run" in capsys.readouterr().err
+    assert "--group-size is 1, it was 4; that is another run" in capsys.readouterr().err
     assert same(weights(rlhf.train(args).policy), weights(whole.policy))
 
 

@@ -799,7 +799,8 @@ def test_x2_where_a_rank_is_killed_torchrun_ends(rank, tmp_path):
     _, stderr = finish(process)
     assert process.returncode != 0
     (line,) = lines_of_ours(stderr)
-    assert line.startswith("error: another rank has ended")
+    name = f"runs/{its_folder(tmp_path).name}"
+    assert line == f"error: another rank has ended; last good checkpoint: {name}/checkpoint.pt"
     assert saved(its_folder(tmp_path))["stage"] == 2
 
 
@@ -821,7 +822,9 @@ def test_x2_where_the_disk_is_full_all_end(tmp_path):
     run = launch(tmp_path, 2, *SORT, "--checkpoint-every", "1", hook=full)
     assert run.codes == [2, 2]
     (line,) = "".join(run.err).splitlines()
-    assert line == "error: the run's folder cannot be written to: no space left on device"
+    name = f"runs/{run.folder.name}"
+    cause = f"{name} cannot be written to: no space left on device"
+    assert line == f"error: {cause}; last good checkpoint: {name}/checkpoint.pt"
     assert saved(run.folder)["step"] == 2
 
 

@@ -25,6 +25,7 @@ import torch
 
 import ppo_rlhf as rlhf
 from conftest import ROOT, command_line
+from test_resume import Full
 from test_runs import wandb_records
 
 TINY = {"cuda": False, "torch_threads": 1, "checkpoint_every": 2, "critic_warmup": 1}
@@ -303,8 +304,6 @@ def test_runs_started_in_the_same_millisecond_do_not_share_a_folder(monkeypatch)
         "runs/small__ppo_rlhf__1__1700000000123",
     ]
     assert all(run.folder.is_dir() for run in runs)
-    for file in [file for run in runs for file in run.files]:
-        file.close()
 
 
 def test_files(finished):
@@ -482,9 +481,7 @@ def test_resume_bitexact_after_a_crash(uninterrupted, stage, step, monkeypatch):
     folders = []
 
     def crash(run):
-        run.files[1].write('{"global_step": 1}\n')
-        for file in run.files:
-            file.flush()
+        run.append("samples.jsonl", '{"global_step": 1}\n')
         folders.append(run.folder.absolute())
         raise CrashError
 
@@ -566,13 +563,14 @@ def test_resume_of_a_finished_run_with_more_episodes(finished, capsys):
 
 @pytest.mark.parametrize(
     "flag, was",
-    [("--seed=9", "3"), ("--batch-size=4", "8"), ("--task=sort", "reviews"), ("--group-size=2", 1)],
+    [("--seed=9", 3), ("--batch-size=4", 8), ("--task=sort", "reviews"), ("--group-size=2", 1)],
 )
 def test_resume_of_another_run(flag, was, finished, capsys):
     """Steps and random numbers would no longer be those of one run."""
     line = error_line(capsys, parse, "--resume", finished.folder, flag)
-    path, name = finished.folder / "checkpoint.pt", flag.split("=")[0]
-    assert line == f"error: --resume {path}: {name} was {was}; that is another run"
+    name, new = flag.split("=")
+    change = f"{name} is {new}, it was {was}"
+    assert line == f"error: {change}; that is another run than {finished.folder}/checkpoint.pt"
 
 
 def stopped_in_ppo(monkeypatch, **changes):
@@ -597,9 +595,12 @@ def test_resume_with_more_episodes(monkeypatch):
         ("--kl-coef=0.25", "objective/kl_coef", [0.1, 0.1, 0.25, 0.25]),
     ],
 )
-def test_resume_with_another_setting(flag, name, expected, monkeypatch):
+def test_resume_with_another_setting(flag, name, expected, monkeypatch, capsys):
     """It counts from then on, and config.json has both, each with its time's versions."""
     run = stopped_in_ppo(monkeypatch, anneal_lr=False)
+    capsys.readouterr()
+    parse("--resume", run.folder, flag)
+    assert capsys.readouterr().out == f"{flag.replace('=', ' is ')}, it was {expected[0]}\n"
     for _ in range(2):
         train(args=parse("--resume", run.folder, flag))
     assert values(run.folder, name) == pytest.approx(expected)
@@ -1093,8 +1094,8 @@ def test_kl_target_with_a_beta_of_0_refused(capsys):
     "changes, hints",
     [
         ({"d_model": 18, "num_heads": 4}, ["--d-model 18", "4 --num-heads"]),
-        ({"num_minibatches": 3}, ["--batch-size 8", "3 equal --num-minibatches"]),
-        ({"num_minibatches": 16}, ["--batch-size 8", "16 equal"]),
+        ({"num_minibatches": 3}, ["--batch-size 8", "no multiple of 3 minibatches"]),
+        ({"num_minibatches": 16}, ["--batch-size 8", "no multiple of 16 minibatches"]),
         ({"total_episodes": 7}, ["--total-episodes 7", "--batch-size"]),
         ({"task": "reviews", "rm_coef": 0.0}, ["no reward", "--rm-coef above 0", "--reward-fn"]),
         ({"load": "nowhere.pt"}, ["nowhere.pt", "FileNotFoundError"]),
@@ -1732,11 +1733,6 @@ def test_wandb_that_refuses(recorders, monkeypatch, capsys):
     assert line == "error: Weights & Biases: no API key"
 
 
-def test_wandb_that_refuses_leaves_no_folder(recorders, monkeypatch, capsys):
-    test_wandb_that_refuses(recorders, monkeypatch, capsys)
-    assert not list(Path("runs").iterdir())
-
-
 def tracked(path):
     """A .wandb file: id of the run, its config, rows and exit codes."""
     run = SimpleNamespace(path=path, ids=set(), config={}, rows=[], exits=[])
@@ -1908,19 +1904,107 @@ def test_the_folder_is_as_good_as_its_checkpoint():
         rlhf.parse_args(["--resume", "."])
 
 
-def test_a_disk_that_is_full_is_one_line(tmp_path):
-    limit = (200_000, 200_000)
-    command = [sys.executable, rlhf.__file__, "--task", "sort", "--sft-texts", "256", "--no-cuda"]
+def script(folder, *flags, largest=None):
+    """The last line on the standard error of a command that fails where files are limited."""
     done = subprocess.run(
-        command,
-        cwd=tmp_path,
+        [sys.executable, rlhf.__file__, *flags],
+        cwd=folder,
         capture_output=True,
         text=True,
         check=False,
         timeout=100,
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, limit),
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (largest, largest)),
     )
     assert done.returncode == 2
     assert "Traceback" not in done.stderr
-    line = done.stderr.splitlines()[-1]
-    assert line.startswith("error: the run's folder cannot be written to: ")
+    return done.stderr.splitlines()[-1]
+
+
+def whole_lines(folder):
+    """What a run leaves that fails: no unfinished file, no half line. -> rows of metrics.csv"""
+    assert not list(folder.glob("*.tmp"))
+    assert all((folder / name).read_bytes()[-1:] in (b"\n", b"") for name in rlhf.FILES)
+    return (folder / "metrics.csv").read_text().splitlines()[1:]
+
+
+def test_a_disk_that_is_full_is_one_line(tmp_path):
+    more = ["--task", "sort", "--sft-texts", "256", "--no-cuda"]
+    line = script(tmp_path, *more, largest=200_000)
+    (folder,) = tmp_path.glob("runs/*")
+    start = f"error: {folder.relative_to(tmp_path)} cannot be written to: no space?"
+    assert line.startswith(start), line
+    assert line.endswith("; last good checkpoint: none yet")
+    assert len(whole_lines(folder)) == 2 * 3  # of two steps, in front of the first checkpoint
+
+
+def test_a_disk_that_is_full_later(monkeypatch, tmp_path):
+    """The checkpoint before is as it was, and named."""
+
+    def crash(run):
+        raise CrashError
+
+    with monkeypatch.context() as patch, contextlib.suppress(CrashError):
+        during(patch, "ppo", 4, crash)
+        train(tmp_path, **SORT)
+    (folder,) = tmp_path.glob("runs/*")
+    before = (folder / "checkpoint.pt").read_bytes()
+    line = script(tmp_path, "--resume", str(folder), largest=len(before) // 2)
+    assert line.startswith(f"error: {folder} cannot be written to: "), line
+    assert line.endswith(f"; last good checkpoint: {folder}/checkpoint.pt")
+    assert (folder / "checkpoint.pt").read_bytes() == before
+    assert whole_lines(folder)
+
+
+@pytest.mark.parametrize("name, nth", [("metrics.csv", 12), ("samples.jsonl", 8)])
+def test_no_half_line_where_the_disk_is_full_for_a_moment(name, nth, monkeypatch):
+    opened = []
+
+    def full(path, mode="r", **kwargs):
+        file = open(path, mode, **kwargs)
+        opened.append(Path(path).name)
+        return Full(file) if opened[-1] == name and opened.count(name) == nth else file
+
+    monkeypatch.setattr(rlhf, "open", full, raising=False)
+    folder, line = faulty(OSError)
+    assert line.startswith(f"error: {folder} cannot be written to: [Errno 28]")
+    assert opened.count(name) == nth
+    assert not [x for x in whole_lines(folder) if not re.fullmatch(r"\d+,[\d.]+,\w+/[\w/]+,\S+", x)]
+    resumed = train(args=parse("--resume", folder))
+    assert resumed.code == 0
+    monkeypatch.undo()
+    assert same_run(train(), resumed)
+
+
+def faulty(error):
+    """A run that meets an error, which ends it as it does at the end of the script."""
+    rlhf.Run.now = None
+    with pytest.raises(error) as caught:
+        train()
+    run, printed = rlhf.Run.now, io.StringIO()
+    with contextlib.redirect_stderr(printed), pytest.raises(SystemExit) as ended:
+        run.stop(f"{run.folder} cannot be written to: {caught.value}")
+    assert ended.value.code == 2
+    (line,) = printed.getvalue().splitlines()
+    return run.folder, line
+
+
+def test_a_folder_that_is_gone(monkeypatch):
+    during(monkeypatch, "sft", 3, lambda run: shutil.rmtree(run.folder))
+    folder, line = faulty(FileNotFoundError)
+    assert f"'{folder}/metrics.csv'; last good checkpoint: " in line
+    assert not folder.exists()
+
+
+def test_lines_are_on_the_disk_before_the_checkpoint_that_counts_on_them(monkeypatch):
+    """Or after a power cut it would speak of rows that are not there."""
+    synced, fsync = [], os.fsync
+
+    def spy(number):
+        synced.append(Path(os.readlink(f"/proc/self/fd/{number}")).name)
+        fsync(number)
+
+    monkeypatch.setattr(os, "fsync", spy)
+    train(stages="sft")
+    saved = [i for i, name in enumerate(synced) if name == "checkpoint.pt.tmp"]
+    assert len(saved) == 3
+    assert all(synced[i - 2 : i] == ["metrics.csv", "samples.jsonl"] for i in saved)
