@@ -1,5 +1,8 @@
 """benchmarks/identical.py tells scripts that do the same from those that do not."""
 
+import json
+import re
+
 import identical
 import pytest
 import torch
@@ -15,6 +18,7 @@ CONFIG = {
     "batch_size": 512,
     "torch_threads": 1,
     "git_commit": "0" * 40,
+    "run_name": "CartPole-v1__ppo_discrete__1__0",
     "script_sha256": "a",
 }
 
@@ -27,7 +31,7 @@ def test_runs_are_compared_once_for_all_their_seeds():
         CONFIG | {"seed": 5, "command": COMMAND.replace("--seed 1", "")},
     ]
     found = identical.comparisons([CONFIG, *others])
-    assert [seeds for _, seeds in found] == [[1, 2, 5], [3], [4]]
+    assert [[x["seed"] for x in group] for group in found] == [[1, 2, 5], [3], [4]]
     assert found[0][0] is CONFIG
 
 
@@ -83,9 +87,59 @@ def test_verdict_of_the_same_text_and_of_an_unknown_commit(monkeypatch):
 )
 def test_exit_code(monkeypatch, capsys, verdicts, code):
     configs = [CONFIG | {"script_sha256": str(i)} for i in range(len(verdicts))]
-    monkeypatch.setattr(identical.make_results, "load", lambda: [(x, {}) for x in configs])
+    monkeypatch.setattr(identical, "stored", lambda: configs)
     monkeypatch.setattr(identical, "verdict", lambda config: verdicts[int(config["script_sha256"])])
     assert identical.main(identical.Args()) == code
     assert capsys.readouterr().out.count("CartPole-v1, seeds 1 (") == len(verdicts)
     assert identical.main(identical.Args(only=("Nothing-v0",))) == 2
     assert "no stored run" in capsys.readouterr().err
+
+
+def test_out(monkeypatch, tmp_path, capsys):
+    """What was printed, in a file."""
+    configs = [CONFIG, CONFIG | {"seed": 2, "run_name": "two"}]
+    monkeypatch.setattr(identical, "stored", lambda: configs)
+    monkeypatch.setattr(identical, "verdict", lambda config: "DIFFERS, x")
+    assert identical.main(identical.Args(out=tmp_path / "found.json")) == 1
+    assert capsys.readouterr().out.endswith(": DIFFERS, x\n")
+    about = json.loads((tmp_path / "found.json").read_text())
+    (row,) = about["found"]
+    assert row == {
+        "command": COMMAND,
+        "commit": "0" * 40,
+        "verdict": "DIFFERS, x",
+        "runs": ["CartPole-v1__ppo_discrete__1__0", "two"],
+    }
+    assert re.match("[0-9a-f]{40}(-dirty)?$", about["git_commit"])
+
+
+def test_stored_runs_are_all_that_one_can_start_anew():
+    configs = identical.stored()
+    commands = [config["command"].split() for config in configs]
+    assert {words[0] for words in commands} == {path.name for path in ROOT.glob("ppo_*.py")}
+    assert not any("--load" in words for words in commands)
+    kept = {path.stem for path in (ROOT / "docs" / "results").glob("*__*.json")}
+    names = [config["run_name"] for config in configs]
+    assert kept < {*names} and len({*names}) == len(names)
+    assert "long/PongNoFrameskip-v4__ppo_atari__1" in names
+    assert {"sort", "reviews"} < {config["env_id"] for config in configs}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("old", "new", "expected"),
+    [
+        ("import tyro\n", "import tyro  # of arguments\n", "identical"),
+        (" clip_coef: Positive = 0.2", " clip_coef: Positive = 0.001", "DIFFERS, "),
+        (" learning_rate: Weight = 3e-4", " learning_rate: Weight = 1e-4", "DIFFERS, "),
+    ],
+)
+def test_verdict_of_language_models(monkeypatch, old, new, expected):
+    """PPO has begun to train the policy, or the clip range would not be noticed."""
+    text = (ROOT / "ppo_rlhf.py").read_text()
+    assert text.count(old) == 1
+    small = "--seed 1 --no-cuda --torch-threads 1 --sft-texts 256 --rm-pairs 64 --batch-size 16"
+    config = CONFIG | {"command": f"ppo_rlhf.py {small}", "batch_size": 16}
+    changed = text.replace(old, new).encode()
+    monkeypatch.setattr(identical, "committed", lambda config: changed)
+    assert identical.verdict(config).startswith(expected)
