@@ -174,12 +174,25 @@ AGAIN = """## Once more
 `python benchmarks/regress.py` trains CartPole-v1, Acrobot-v1, InvertedPendulum-v5 and the default
 of [ppo_rlhf.py](rlhf.md) with a seed that is not among these, a quarter of an hour on one core. For
 each it says whether the score lies in the 95 % prediction interval for one more run, from the
-scores of the stored ones, made wide enough for the least score above. Its exit code is 1 if one is
-below. Run it after a change that should leave learning as it is, or on a machine of your own.
+scores of the stored ones, made wide enough for the least score above. Its exit code is 1 if one
+does not. Run it after a change that should leave learning as it is, or on a machine of your own.
 
 `python benchmarks/identical.py` says of every stored run whether today's script still does the same
 bit for bit: it runs the script of the run's commit and today's for three iterations each, and
-compares all weights."""
+compares all weights. What it found last, docs/results/identical.json:"""
+
+
+def same(names, path=RESULTS / "identical.json"):
+    """What benchmarks/identical.py has found, and which of the runs are newer."""
+    about = json.loads(path.read_text())
+    good = [x for x in about["found"] if x["verdict"].startswith("identical")]
+    runs = [name for row in good for name in row["runs"]]
+    text = f"The scripts of commit {about['git_commit'][:12]} do the same as those of {len(runs)} "
+    text += f"runs, bit for bit, in {len(good)} of {len(about['found'])} comparisons."
+    lines = [text, *(f"`{x['command']}`: {x['verdict']}." for x in about["found"] if x not in good)]
+    compared = {name for row in about["found"] for name in row["runs"]}
+    newer = sorted(set(names) - compared)
+    return " ".join(lines + [f"Not compared yet: {', '.join(newer)}."] * bool(newer))
 
 
 def thin(rows):
@@ -463,6 +476,7 @@ def page(runs, peers, long):
     lines += [
         "",
         AGAIN,
+        same([config["run_name"] for config, _ in runs + long]),
         "",
         "## Runs",
         "",

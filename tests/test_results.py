@@ -1,6 +1,8 @@
 """The figures of docs/results.md are those of the runs kept beside it, and reach their bars."""
 
 import hashlib
+import json
+import re
 import subprocess
 
 import numpy as np
@@ -169,3 +171,23 @@ def test_tables_of_performance_by_hand():
         "| log | 1.0 |",
         "| sum | 11.2 |",
     ]
+
+
+def test_what_identical_has_found(tmp_path):
+    """Of three comparisons one differs; one run is newer."""
+    rows = [("identical, the same text", ["a", "b"]), ("identical", ["c"]), ("DIFFERS, x", ["d"])]
+    found = [{"command": "ppo_x.py", "verdict": verdict, "runs": runs} for verdict, runs in rows]
+    path = tmp_path / "identical.json"
+    path.write_text(json.dumps({"git_commit": "0123456789abcdef", "found": found}))
+    text = "The scripts of commit 0123456789ab do the same as those of 3 runs, bit for bit, "
+    text += "in 2 of 3 comparisons. `ppo_x.py`: DIFFERS, x."
+    assert make_results.same("abcd", path) == text
+    assert make_results.same("abcde", path) == text + " Not compared yet: e."
+
+
+def test_all_runs_were_compared():
+    """By docs/results/identical.json, which benchmarks/identical.py writes; none is unknown."""
+    about = json.loads((make_results.RESULTS / "identical.json").read_text())
+    assert about["command"] == "python benchmarks/identical.py --out docs/results/identical.json"
+    assert re.fullmatch("[0-9a-f]{40}", about["git_commit"])
+    assert not [row for row in about["found"] if row["verdict"].startswith("unknown")]

@@ -205,12 +205,15 @@ def during(monkeypatch, stage, step, action):
 
 
 def error_line(capsys, function, *args, **kwargs):
-    """What a call that fails prints: one line, after which it exits with code 2."""
+    """What a call that fails prints: one line, after which it exits with code 2.
+
+    Before it a line for each argument that a run would be resumed with and that was another.
+    """
     with pytest.raises(SystemExit) as error:
         function(*args, **kwargs)
     assert error.value.code == 2
     output = capsys.readouterr()
-    assert output.out == ""
+    assert re.fullmatch(r"(--\S+ is .+, it was .+\n)*", output.out)
     (line,) = output.err.splitlines()
     assert line.startswith("error: ")
     return line
