@@ -36,6 +36,7 @@ def test_continuous_learns_to_hit_a_target():
     assert last_returns() > -0.3
 
 
+@pytest.mark.slow
 def test_atari_learns_to_name_what_it_sees(monkeypatch):
     """The network, the loop and uint8 frames, without a game. Random: 0.25."""
 

@@ -24,14 +24,11 @@ TRAINING = [line for line in COMMANDS if "ppo_" in line]
 SHORT = "--sft-texts 256 --rm-pairs 64 --rm-test-pairs 64 --eval-episodes 16 --total-episodes 256"
 
 
-QUICK = ("ppo_atari.py", "CartPole")  # the first ones
-
-
 @pytest.mark.parametrize(
     "command",
     [
         command
-        if any(x in command for x in QUICK)
+        if "CartPole" in command  # the quickest
         else pytest.param(command, marks=pytest.mark.slow)
         for command in TRAINING
     ],
@@ -75,7 +72,9 @@ def uv(*words, timeout=120):
     )
 
 
-@pytest.mark.parametrize("script", ["ppo_atari.py", "ppo_rlhf.py"])  # the others ask for the same
+@pytest.mark.parametrize(
+    "script", ["ppo_atari.py", pytest.param("ppo_rlhf.py", marks=pytest.mark.slow)]
+)  # the others ask for the same as the first
 def test_uv_resolves_what_a_script_asks_for(script):
     shutil.copy(ROOT / script, ".")
     done = uv("lock", "--script", script, "--python", sys.executable)

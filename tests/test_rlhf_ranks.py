@@ -441,7 +441,10 @@ def logits(folder, tokens, lora):
 
 
 @needs_transformers
-@pytest.mark.parametrize("kind, lora, how", [("llama", [], []), ("gpt2", LORA, FRUGAL)])
+@pytest.mark.parametrize(
+    "kind, lora, how",
+    [("llama", [], []), pytest.param("gpt2", LORA, FRUGAL, marks=pytest.mark.slow)],
+)
 def test_x2_fsdp_leaves_each_rank_its_part_of_all_four_models(runs, model, kind, lora, how):
     """Of each parameter half of the rows, adapters and what does not learn included."""
     run = runs(2, *model(kind), *lora, "--fsdp", *how)

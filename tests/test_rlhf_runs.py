@@ -1940,6 +1940,7 @@ def test_a_disk_that_is_full_is_one_line(tmp_path):
     assert len(whole_lines(folder)) == 2 * 3  # of two steps, in front of the first checkpoint
 
 
+@pytest.mark.slow
 def test_a_disk_that_is_full_later(monkeypatch, tmp_path):
     """The checkpoint before is as it was, and named."""
 

@@ -92,6 +92,7 @@ def test_minigrid_as_it_is_is_refused(minigrid):
     assert "docs/your_own.md" in line
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("diff", DIFFS, ids=["network", "wrappers"])
 def test_edits(diff):
     """Lines that are there once, and a script that still runs, with the same network acting."""
