@@ -182,6 +182,10 @@ bit for bit: it runs the script of the run's commit and today's for three iterat
 compares all weights. What it found last, docs/results/identical.json:"""
 
 
+OF_CLEANRL = """commit: of CleanRL's runs its own. They ran beside more other work than ours, so
+their times are left out; how fast it is stands on [performance.md](performance.md)."""
+
+
 def same(names, path=RESULTS / "identical.json"):
     """What benchmarks/identical.py has found, and which of the runs are newer."""
     about = json.loads(path.read_text())
@@ -335,9 +339,9 @@ def is_stopped(config):
     return config.get("steps", planned) < planned
 
 
-def is_resumed(runs):
-    """Whether one was interrupted and waited, so that its minutes say nothing."""
-    return any("resumed" in config for config, _ in runs)
+def timed(runs):
+    """Whether none was interrupted and waited, or is CleanRL's: their minutes say nothing."""
+    return not any("resumed" in x or x.get("program") == "CleanRL" for x, _ in runs)
 
 
 def select(runs, env_id, changes):
@@ -410,7 +414,7 @@ def cells_of(group, runs, peers):
         published(group.cleanrl),
         f"{spread(here)} ({len(here)})" if here else "",
         published(group.baselines),
-        "" if is_resumed(runs) else f"{np.median(durations) / 60:.1f}",
+        f"{np.median(durations) / 60:.1f}" if timed(runs) else "",
     )
 
 
@@ -494,13 +498,13 @@ def page(runs, peers, long):
             f"`python {config['command']}`",
             number(last_100(metrics)),
             "" if games is None else number(games.mean()),
-            "" if is_resumed([(config, metrics)]) else f"{metrics['charts/SPS'][1][-1]:,.0f}",
-            "" if is_resumed([(config, metrics)]) else f"{metrics['seconds'][1][-1] / 60:.1f}",
+            f"{metrics['charts/SPS'][1][-1]:,.0f}" if timed([(config, metrics)]) else "",
+            f"{metrics['seconds'][1][-1] / 60:.1f}" if timed([(config, metrics)]) else "",
             *(" ".join(values) for values in parts_of(config)),
         )
         lines.append(f"| {' | '.join(cells)} |")
     lines += ["", "script: the first digits of its SHA-256. A run with several was resumed."]
-    lines += ["commit: of CleanRL's runs its own."] if peers else []
+    lines += [OF_CLEANRL] if peers else []
     machines = sorted({config["machine"] for config, _ in runs + peers})
     versions = sorted({json.dumps(config["versions"]) for config, _ in runs + peers})
     lines += ["", f"Machines: {'; '.join(machines)}."]
@@ -527,12 +531,12 @@ def curve(config, metrics):
 
 
 def draw(axes, runs, color, label):
-    """The IQM over seeds with its interval, against steps and, if none was resumed, minutes."""
+    """The IQM over seeds with its interval, against steps and, if they are known, minutes."""
     curves = np.array([curve(*run)[1] for run in runs])
     steps = curve(*runs[0])[0]
     seconds = [np.interp(steps, *metrics["seconds"], right=np.nan) for _, metrics in runs]
     pairs = zip(axes, (steps, np.median(seconds, 0) / 60), strict=True)
-    for axis, x in [*pairs][: 1 if is_resumed(runs) else 2]:
+    for axis, x in [*pairs][: 2 if timed(runs) else 1]:
         axis.plot(x, iqm(curves.T), color, lw=1.5, label=label)
         if len(runs) > 2:
             axis.fill_between(x, *interval(curves, 2000), color=color, alpha=0.25, lw=0)
