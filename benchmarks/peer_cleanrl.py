@@ -469,7 +469,8 @@ def answers(folder):
     found |= {"loss_discrete": bound(loss, ppo), "loss_gaussian": bound(loss, continuous)}
     found |= {"loss_plain": bound(loss, ppo)}
     found |= {"entropy": bound(entropy, ppo, continuous), "orthogonal": bound(orthogonal, scripts)}
-    found |= {"normalization": bound(normalization, continuous)}
+    for name in ("normalization", "normalization_below"):
+        found[name] = bound(normalization, continuous)
     found |= {"lstm": bound(lstm, scripts["atari_lstm"])}
     for game in ("breakout", "mspacman", "pong"):
         found[f"atari_{game}"] = bound(atari, scripts["atari"])

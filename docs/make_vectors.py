@@ -444,12 +444,12 @@ def stream_data(dim, dtype):
     }
 
 
-def normalization():
-    """The first rewards and one final observation are clipped."""
+def normalization(sign):
+    """The first rewards and one final observation are clipped, on the side of the sign."""
     data = stream_data(2, np.float64)
     data["obs"] += [3.0, -1.0]
-    data["final_obs"][3, 1] = 50.0
-    data["rewards"][0] = 1.0
+    data["final_obs"][3, 1] = sign * 50.0
+    data["rewards"][0] = sign
     makers = [functools.partial(Stream, data, i, gym.spaces.Box(-1, 1, (1,))) for i in range(2)]
     envs = gym.vector.SyncVectorEnv(makers, autoreset_mode=SAME_STEP)
     envs = ppo_continuous.VecNormalize(envs, gamma=0.9)
@@ -651,7 +651,8 @@ VECTORS = {
     "annealing": annealing,
     "annealing_one_at_a_time": annealing_one_at_a_time,
     "orthogonal": orthogonal,
-    "normalization": normalization,
+    "normalization": lambda: normalization(1),
+    "normalization_below": lambda: normalization(-1),
     "atari_breakout": lambda: atari("Breakout", 160, held=3),
     "atari_mspacman": lambda: atari("MsPacman", 200),
     "atari_pong": lambda: atari("Pong", 150, max_num_frames_per_episode=400),

@@ -485,9 +485,10 @@ def test_values_are_at_the_edge_and_beyond():
 
 
 def test_normalization_clips_rewards_and_observations():
-    outputs = {k: np.asarray(v) for k, v in read("normalization")["outputs"].items()}
-    assert (outputs["normalized_rewards"] == 10).sum() == 2
-    assert (outputs["normalized_final_obs"] == 10).any()
+    for name, limit in (("normalization", 10), ("normalization_below", -10)):
+        outputs = {k: np.asarray(v) for k, v in read(name)["outputs"].items()}
+        assert (outputs["normalized_rewards"] == limit).sum() == 2
+        assert (outputs["normalized_final_obs"] == limit).any()
 
 
 def test_games_have_all_kinds_of_ends():
@@ -554,7 +555,7 @@ def test_code_in_jax(monkeypatch, capsys):
     code = "".join(BLOCKS)
     exec(code, {})
     lines = capsys.readouterr().out.splitlines()[13:]
-    assert [x.split(":")[1].strip() for x in lines] == ["right"] * 10
+    assert [x.split(":")[1].strip() for x in lines] == ["right"] * 11
 
 
 @pytest.mark.parametrize(
