@@ -118,8 +118,8 @@ Made from the runs in [results/](results), which hold every episode. What the co
   6), with a 95 % bootstrap interval, as [rliable](https://arxiv.org/abs/2108.13264) defines both:
   percentiles of 50,000 resamples of the seeds. Of three seeds it reaches from the lowest to the
   highest.
-- **evaluated**: the same from 100 games of each trained policy, played by `--evaluate` with new
-  environment seeds.
+- **evaluated**: the same from 100 games of each policy that was kept, played by `--evaluate` with
+  new environment seeds.
 - **lowest seed**: with the least score that a test asks of every seed, where it asks for one.
 - **CleanRL**: what it [publishes](https://github.com/vwxyzjn/cleanrl/tree/fe8d8a0/docs/benchmark),
   three seeds, MuJoCo v4. **here**: its script, run with the same Gymnasium and torch by
@@ -154,15 +154,17 @@ TEXTS = {
     "than others. Of 8,000,000 steps it has (v4, ten seeds, PPO beside its RPO) Ant 1,824,\n"
     "Swimmer 124.9, Reacher -4.65 and InvertedDoublePendulum 5,626.",
     "Atari": "Agent steps of four frames; the references are of 10,000,000, as are the runs of\n"
-    "Breakout and Pong in bf16, `python ppo_atari.py --env-id ENV --seed 1`;\n"
-    "[results/long](results/long) has their checkpoints and how to play them. Other runs of Pong\n"
-    "are shorter and of older commits, whose random numbers were others: they say that it learns,\n"
-    "not where it ends. Not run: Breakout with memory, BeamRider, Qbert.",
-    "Swimmer": "The same runs, with other flags. Baselines takes a time limit for the end of an\n"
-    "episode; to do so here, `--no-bootstrap-truncation`, does not raise the score, so that is\n"
-    "not why Swimmer is below its figure. What holds Swimmer down is gamma, 0.99 in both: the\n"
-    "same seeds come much further with `--gamma 0.999`. Episodes have 1,000 steps, and 0.99\n"
-    "counts on some hundred of them.",
+    "Breakout and Pong in bf16, `python ppo_atari.py --env-id ENV --seed 1`, resumed again and\n"
+    "again, on one thread or two: [results/long](results/long) has their checkpoints, all their\n"
+    "commands and how to play them. Other runs of Pong are shorter and of older commits, whose\n"
+    "random numbers were others; they stay as the only ones in fp32 and with memory, without\n"
+    "their policies: they say that it learns, not where it ends. Not run: Breakout with memory,\n"
+    "BeamRider, Qbert.",
+    "Swimmer": "The first seeds, with other flags. Baselines takes a time limit for the end of an\n"
+    "episode; to do so here, `--no-bootstrap-truncation`, does not raise their score. With\n"
+    "`--gamma 0.999` they come much further: episodes have 1,000 steps, and 0.99 counts on some\n"
+    "hundred of them. That holds for Baselines, too, so it does not say why its mean is higher;\n"
+    "seeds here lie on both sides of it and differ by a factor of two.",
     "Time limits": "300,000 steps. `python ppo_continuous.py --env-id Pendulum-v1\n"
     "--total-timesteps 300000 --seed SEED --no-cuda --torch-threads 1`, once with\n"
     "`--no-bootstrap-truncation`. Every episode of Pendulum-v1 is cut off by its time limit. With\n"
@@ -172,14 +174,15 @@ TEXTS = {
 AGAIN = """## Once more
 
 `python benchmarks/regress.py` trains CartPole-v1, Acrobot-v1, InvertedPendulum-v5 and the default
-of [ppo_rlhf.py](rlhf.md) with a seed that is not among these, a quarter of an hour on one core. For
+of [ppo_rlhf.py](rlhf.md) with a seed that is not among these; the stored runs took ten minutes. For
 each it says whether the score lies in the 95 % prediction interval for one more run, from the
 scores of the stored ones, made wide enough for the least score above. Its exit code is 1 if one
 does not. Run it after a change that should leave learning as it is, or on a machine of your own.
 
-`python benchmarks/identical.py` says of every stored run whether today's script still does the same
-bit for bit: it runs the script of the run's commit and today's for three iterations each, and
-compares all weights. What it found last, docs/results/identical.json:"""
+`python benchmarks/identical.py` says of these runs, and of those of [ppo_rlhf.py](rlhf.md) that
+begin with its first stage, whether today's script still does the same bit for bit: it runs the
+script of the run's commit, the first if it was resumed, and today's for three iterations each,
+eight of ppo_rlhf.py, and compares all weights. What it found last, docs/results/identical.json:"""
 
 
 OF_CLEANRL = """commit: of CleanRL's runs its own. They ran beside more other work than ours, so
@@ -484,7 +487,7 @@ def page(runs, peers, long):
         "",
         "## Runs",
         "",
-        "The score and the mean of 100 evaluated games of each:",
+        "The score, and the mean of 100 evaluated games where the policy was kept:",
     ]
     lines += [
         "",
@@ -505,7 +508,9 @@ def page(runs, peers, long):
         lines.append(f"| {' | '.join(cells)} |")
     lines += ["", "script: the first digits of its SHA-256. A run with several was resumed."]
     lines += [OF_CLEANRL] if peers else []
-    machines = sorted({config["machine"] for config, _ in runs + peers})
+    parts = [part for config, _ in long for part in (config, *config.get("resumed", ()))]
+    known = [config.get("machine") for config in [*(x for x, _ in runs + peers), *parts]]
+    machines = sorted({x or "those of the run of Breakout were not written down" for x in known})
     versions = sorted({json.dumps(config["versions"]) for config, _ in runs + peers})
     lines += ["", f"Machines: {'; '.join(machines)}."]
     lines += ["", "Versions:", "", *(f"- `{version}`" for version in versions)]

@@ -88,7 +88,7 @@ def test_stored_scores_are_those_of_the_pages():
     text = (regress.ROOT / "docs" / "results.md").read_text()
     for name in CLASSIC:
         scores = regress.stored(name)
-        found = re.findall(rf"(?m)^\| {name}__\w+__(\d+)__\d+ \| [^|]+ \| (\S+) \|", text)
+        found = re.findall(rf"(?m)^\| {name}__ppo_[a-z]+__(\d+)__\d+ \| [^|]+ \| (\S+) \|", text)
         of_page = {int(seed): float(score.replace(",", "")) for seed, score in found}
         assert of_page == {seed: pytest.approx(x, abs=0.051) for seed, x in scores.items()}
         assert f" of {regress.least_asked(name)} |" in text

@@ -99,6 +99,7 @@ def test_every_evaluation_has_a_hundred_games():
     assert {len(returns) for returns in games if returns is not None} == {100}
     without = [run for run, returns in zip(RUNS + LONG, games, strict=True) if returns is None]
     assert {config["env_id"] for config, _ in without} <= {"PongNoFrameskip-v4"}
+    assert len(without) == 5
 
 
 @each_group
@@ -192,3 +193,5 @@ def test_all_runs_were_compared():
     assert about["command"] == "python benchmarks/identical.py --out docs/results/identical.json"
     assert re.fullmatch("[0-9a-f]{40}", about["git_commit"])
     assert not [row for row in about["found"] if row["verdict"].startswith("unknown")]
+    compared = {name for row in about["found"] for name in row["runs"]}
+    assert {config["run_name"] for config, _ in RUNS + LONG} <= compared
