@@ -1194,8 +1194,7 @@ def preference_pairs(args, task, agent, run):
 
     -> chosen and rejected, tokens [n, P + R] each, and how much better the chosen is by gold [n]
     """
-    rng = stream(args, "pairs")
-    n = args.rm_pairs + args.rm_test_pairs
+    rng, n = stream(args, "pairs"), args.rm_pairs + args.rm_test_pairs
     rows = task.rows("pref", n, rng)
     if not task.gold:
         texts = [row | {"completion": row[key]} for key in KEYS["pref"] for row in rows]
@@ -1358,8 +1357,7 @@ def train_ppo(args, task, agent, run):
             final_scores = final_scores.clamp(-args.reward_clip, args.reward_clip)
         kl_coef = args.kl_coef if args.kl_target is None else run.numbers["kl_coef"]
         in_reward, in_loss = (kl_coef, 0.0) if args.kl_in == "reward" else (0.0, kl_coef)  # [H61]
-        kl = kl_estimate(logratio, args.kl_estimator)
-        penalty = args.missing_eos_penalty
+        kl, penalty = kl_estimate(logratio, args.kl_estimator), args.missing_eos_penalty
         rewards = token_rewards(final_scores, has_eos, kl, mask, in_reward, penalty)
         if args.whiten_rewards:
             rewards = whiten(rewards, mask, shift_mean=False)  # [H47]
@@ -1431,8 +1429,7 @@ def train_ppo(args, task, agent, run):
         worth = {"score": scores, "kl": response_kl} | ({"gold": gold["score"]} if gold else {})
         run.log_samples(iteration, global_step, task, rows, tokens, **worth)
         run.numbers["negative_kl"] = run.numbers["negative_kl"] + 1 if kl_mean < -1e-4 else 0
-        if iteration == 1:
-            run.numbers["first_entropy"] = means["ppo/policy/entropy"]
+        run.numbers |= {"first_entropy": means["ppo/policy/entropy"]} if iteration == 1 else {}
         least_entropy = 0.05 * run.numbers["first_entropy"]
         conditions = {
             "the first ratios are not 1": stats[0]["val/ratio_var"] > 1e-6,
@@ -1620,6 +1617,8 @@ def load_checkpoint(path: str) -> dict:
     path = Path(path) / "checkpoint.pt" if Path(path).is_dir() else Path(path)
     try:
         data = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        if data.get("version", 1) != 1:
+            raise ValueError(f"version {data['version']}, not 1")
         Args(**data["args"]), data["stage"]
         return data | {"folder": path.parent, "path": path}
     except Exception as error:
@@ -1860,8 +1859,9 @@ class Run:
 
     def stop(self, message: str, save=False):
         """Fail, what was learned until the last step kept if `save`, all files whole."""
-        if save:
-            self.save_checkpoint()
+        if save:  # a signal may have ended what a reward function had started
+            asked = max(of_all_ranks(self.signal))
+            self.close(asked) if asked else self.save_checkpoint()
         self.bar.close()
         for unfinished in self.folder.glob("*.tmp") if self.rank == 0 else ():
             with contextlib.suppress(OSError):  # the folder may be read-only
@@ -1881,7 +1881,7 @@ class Run:
             self.frozen[name] = digest(self.folder / f"{name}.pt") if self.rank == 0 else ""
         data = {"args": dataclasses.asdict(self.args), "stage": self.stage, "step": self.step}
         data |= {"models": {name: models[name] for name in learn if name in models}}
-        data |= {"numbers": self.numbers, "seconds": time.time() - self.start_time}
+        data |= {"version": 1, "numbers": self.numbers, "seconds": time.time() - self.start_time}
         data |= {"frozen": self.frozen, "bytes": [*self.bytes.values()]}
         data |= {"wandb_id": self.wandb.id if self.wandb else self.data.get("wandb_id")}
         data |= {"optimizer": whole(self.optimizer.state_dict())} if self.optimizer else {}

@@ -636,6 +636,35 @@ def test_signal_stops_after_the_step(number, code, functions, monkeypatch, tmp_p
     assert values(path.parent, "ppo/episode") == [8, 16]
 
 
+PROGRAMS = """
+import os, signal, subprocess, sys
+
+def ask(prompts, completions):  # a program, which the signal ends, too
+    if not os.path.exists("asked"):
+        open("asked", "w").close()
+        number, here = os.environ["SEND"], os.getpid()
+        say = f"import os, time; os.kill({here}, {number}); time.sleep(0.2); 1 / 0"
+        subprocess.run([sys.executable, "-c", say], check=True, stderr=subprocess.DEVNULL)
+    return [0.0] * len(completions)
+"""
+
+
+@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_signal_that_ends_what_a_reward_function_has_started(number, code, monkeypatch, tmp_path):
+    """As Ctrl-C in a terminal does: the function fails, but the signal is why."""
+    Path("programs.py").write_text(PROGRAMS)
+    monkeypatch.setenv("SEND", str(int(number)))
+    settings = VERIFIABLE | {"reward_fn": ("programs.py:ask",), "stages": "ppo"}
+    settings |= {"checkpoint_every": 100, "load": str(train("sft", **VERIFIABLE).folder)}
+    process = command_line("rlhf", *flags(**settings))
+    assert process.returncode == code, process.stderr
+    assert "error" not in process.stderr
+    (path,) = Path().glob(CHECKPOINTS)
+    data = checkpoint(path.parent)
+    assert (data["stage"], data["step"]) == (2, 0)
+    assert train(args=parse("--resume", path.parent)).code == 0
+
+
 def test_second_signal_kills_at_once(functions, monkeypatch, tmp_path):
     monkeypatch.setenv("AT", "2")
     monkeypatch.setenv("SEND", "2 2")
@@ -1115,7 +1144,7 @@ class Malicious:
         return (os.mkdir, ("hacked",))
 
 
-KINDS = ["missing", "folder", "empty", "text", "list", "other", "malicious"]
+KINDS = ["missing", "folder", "empty", "text", "list", "other", "malicious", "newer"]
 
 
 @pytest.mark.parametrize("option", ["--resume", "--load"])
@@ -1133,7 +1162,11 @@ def test_checkpoint_refused(option, kind, capsys):
         torch.save({"args": {"env_id": "CartPole-v1", "seed": 1}, "iteration": 3}, path)
     elif kind == "malicious":
         torch.save({"args": {}, "stage": 0, "numbers": {}, "x": Malicious()}, path)
+    elif kind == "newer":
+        args = dataclasses.asdict(rlhf.Args(**SORT))
+        torch.save({"version": 2, "args": args, "stage": 0, "numbers": {}}, path)
     line = error_line(capsys, rlhf.parse_args, [option, str(path)])
+    assert (kind == "newer") == line.endswith("ValueError: version 2, not 1")
     assert re.match(r"error: some\.pt(/checkpoint\.pt)? is no checkpoint of ppo_rlhf\.py: ", line)
     assert not Path("hacked").exists()
 

@@ -85,23 +85,31 @@ def test_table_of_the_evaluation():
         assert f"{errors:.1f} standard errors" in PAGE.replace("\n", " ")
 
 
+MASKED = """
+import gymnasium as gym
+from envs import MaskedGuess
+
+gym.register("Masked-v0", MaskedGuess)
+"""
+
+
 @pytest.mark.slow
-def test_programs():
+def test_programs(monkeypatch):
+    """Also with an environment that fails where an action is not valid."""
+    Path("masked.py").write_text(MASKED)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), str(ROOT / "tests"), "."]))
     tasks = "discrete", "continuous --env-id Pendulum-v1", "atari_lstm --env-id PongNoFrameskip-v4"
-    for code, task in zip(PROGRAMS, tasks, strict=True):
+    tasks += ("discrete --env-id masked:Masked-v0",)
+    for code, task in zip([*PROGRAMS, PROGRAMS[0]], tasks, strict=True):
         flags = f"--total-timesteps 256 --num-envs 2 {FIRST}"
         flags = flags.replace("--no-compile", "") if "lstm" in task else flags
         run(f"python ppo_{task.replace(' ', '.py ', 1) if ' ' in task else task + '.py'} {flags}")
-        name = task.split()[0]
-        (path,) = [x for x in Path().glob("runs/*/checkpoint.pt") if f"ppo_{name}" in str(x)]
+        path = max(Path().glob("runs/*/checkpoint.pt"), key=os.path.getmtime)
+        assert f"ppo_{task.split()[0]}" in str(path)
         counted = "print(float(envs.obs_rms.count))\n" * ("obs_rms" in code)
         Path("program.py").write_text(code + counted)
         done = subprocess.run(
-            [sys.executable, "program.py", path],
-            env=os.environ | {"PYTHONPATH": str(ROOT)},
-            capture_output=True,
-            text=True,
-            check=False,
+            [sys.executable, "program.py", path], capture_output=True, text=True, check=False
         )
         assert done.returncode == 0, done.stderr
         value, *counts = map(float, done.stdout.split())
