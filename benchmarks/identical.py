@@ -7,9 +7,9 @@
 A run stays in docs/results/ as a figure of today's script if that gives the same weights as the
 script of the run's commit. So both are run for three iterations with the run's own command, on this
 machine, and all weights are compared; ppo_rlhf.py for eight, as the first five train the value
-model alone. Runs that differ in their seed alone are one comparison, by their first seed. Runs of
-docs/results/long/ are compared as they began; those of docs/results/rlhf/ that go on from another,
---load, are not. It needs the history: a shallow clone has none.
+model alone, and the policy's weights. Runs that differ in their seed alone are one comparison, by
+their first seed. Runs of docs/results/long/ are compared as they began; those of docs/results/rlhf/
+that go on from another, --load, are not. It needs the history: a shallow clone has none.
 
 Prints a line for each; with --out, a file of them for docs/results.md. Exit code 0: all are the
 same; 1: some are not; 2: the command is wrong.

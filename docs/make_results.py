@@ -164,7 +164,7 @@ TEXTS = {
     "episode; to do so here, `--no-bootstrap-truncation`, does not raise their score. With\n"
     "`--gamma 0.999` they come much further: episodes have 1,000 steps, and 0.99 counts on some\n"
     "hundred of them. That holds for Baselines, too, so it does not say why its mean is higher;\n"
-    "seeds here lie on both sides of it and differ by a factor of two.",
+    "seeds here lie on both sides of it and differ by a factor of 2.5.",
     "Time limits": "300,000 steps. `python ppo_continuous.py --env-id Pendulum-v1\n"
     "--total-timesteps 300000 --seed SEED --no-cuda --torch-threads 1`, once with\n"
     "`--no-bootstrap-truncation`. Every episode of Pendulum-v1 is cut off by its time limit. With\n"
@@ -182,10 +182,11 @@ does not. Run it after a change that should leave learning as it is, or on a mac
 `python benchmarks/identical.py` says of these runs, and of those of [ppo_rlhf.py](rlhf.md) that
 begin with its first stage, whether today's script still does the same bit for bit: it runs the
 script of the run's commit, the first if it was resumed, and today's for three iterations each,
-eight of ppo_rlhf.py, and compares all weights. What it found last, docs/results/identical.json:"""
+eight of ppo_rlhf.py, and compares all weights, of ppo_rlhf.py the policy's. What it found last,
+docs/results/identical.json:"""
 
 
-OF_CLEANRL = """commit: of CleanRL's runs its own. They ran beside more other work than ours, so
+OF_CLEANRL = """commit: of CleanRL's runs its own. Most ran beside more other work than ours, so
 their times are left out; how fast it is stands on [performance.md](performance.md)."""
 
 

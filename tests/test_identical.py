@@ -43,6 +43,14 @@ def test_difference():
     assert identical.difference(a, {"x": a["x"]}) == "other weights: y"
 
 
+def verdict_of(monkeypatch, config, old, new):
+    """As if the run's commit had today's script with another line."""
+    text = (ROOT / config["command"].split()[0]).read_text()
+    assert text.count(old) == 1
+    monkeypatch.setattr(identical, "committed", lambda config: text.replace(old, new).encode())
+    return identical.verdict(config)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("old", "new", "expected"),
@@ -55,10 +63,7 @@ def test_difference():
 def test_verdict_runs_both_scripts(monkeypatch, old, new, expected):
     """Another comment changes nothing, another discount does, and what ends early says why."""
     monkeypatch.setattr(identical, "ITERATIONS", 1)
-    changed = SCRIPT.replace(old, new)
-    assert changed != SCRIPT
-    monkeypatch.setattr(identical, "committed", lambda config: changed.encode())
-    assert identical.verdict(CONFIG).startswith(expected)
+    assert verdict_of(monkeypatch, CONFIG, old, new).startswith(expected)
 
 
 @pytest.mark.parametrize(
@@ -136,10 +141,6 @@ def test_stored_runs_are_all_that_one_can_start_anew():
 )
 def test_verdict_of_language_models(monkeypatch, old, new, expected):
     """PPO has begun to train the policy, or the clip range would not be noticed."""
-    text = (ROOT / "ppo_rlhf.py").read_text()
-    assert text.count(old) == 1
     small = "--seed 1 --no-cuda --torch-threads 1 --sft-texts 256 --rm-pairs 64 --batch-size 16"
     config = CONFIG | {"command": f"ppo_rlhf.py {small}", "batch_size": 16}
-    changed = text.replace(old, new).encode()
-    monkeypatch.setattr(identical, "committed", lambda config: changed)
-    assert identical.verdict(config).startswith(expected)
+    assert verdict_of(monkeypatch, config, old, new).startswith(expected)
