@@ -545,8 +545,8 @@ def check_args(args: Args):
                 case (valid, words) if value is not None and not valid(value):
                     fail(f"--{name.replace('_', '-')} is {value}, it must be {words}")
     _, ranks = rank_of()
-    if ranks > 1 and args.evaluate:
-        fail("--evaluate plays in one process, started by python")
+    if args.evaluate and (args.resume or ranks > 1):
+        fail("--evaluate plays in one process, started by python, without --resume")
     for name in ("num_envs", "minibatch_size"):
         if getattr(args, name) % ranks:
             fail(f"{name} {getattr(args, name)} cannot be divided by the {ranks} ranks of torchrun")
@@ -804,6 +804,9 @@ class Run:
             data = self.restore(load_checkpoint(path))
         self.iteration, self.wandb_id, self.sent = data["iteration"], data.get("wandb_id"), -1
         self.last_returns, done = data["last_returns"], self.iteration * args.batch_size
+        with contextlib.suppress(ValueError):  # not the main thread
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self.handlers[number] = signal.signal(number, self.on_signal)
         if args.evaluate:
             self.iteration = sys.maxsize  # nothing is left to be learned
             return
@@ -827,9 +830,6 @@ class Run:
         how = {"initial": done, "unit": "step", "disable": self.rank > 0 or None}
         self.bar = tqdm(total=args.total_timesteps, **how)
         self.start_time, self.last_line = time.time() - data["seconds"], time.time()
-        with contextlib.suppress(ValueError):  # not the main thread
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self.handlers[number] = signal.signal(number, self.on_signal)
 
     def restore(self, data: dict) -> dict:
         """Everything that is saved as it was in a checkpoint."""
@@ -850,9 +850,12 @@ class Run:
         config |= {f"env_kwargs/{k}": v for k, v in json.loads(args.env_kwargs).items()}
         text = config | origin(device)
         if args.resume:
-            self.name = data["name"]
-            self.metrics, self.bytes = self.folder / "metrics.csv", data["metrics_bytes"]
-            steps = re.findall(r"(?m)^(\d+),", self.metrics.read_text()) * data["args"]["track"]
+            self.name, self.metrics = data["name"], self.folder / "metrics.csv"
+            rows, counted = self.metrics.read_bytes(), data["metrics_bytes"]
+            self.bytes = rows.rindex(b"\n", 0, counted) + 1
+            if self.bytes < counted:  # a folder copied while a run wrote to it
+                say(f"{self.metrics} lacks rows from before the checkpoint")
+            steps = re.findall(rb"(?m)^(\d+),", rows) * data["args"]["track"]
             old = json.loads((self.folder / "config.json").read_text())
             self.sent = max([old.get("sent", -1), *map(int, steps)])
             text = old | {"resumed": [*old.get("resumed", []), text], "sent": self.sent}
@@ -989,36 +992,39 @@ class Run:
         obs, _ = envs.reset(seed=seeds.generate_state(N).tolist())
         act, games = self.saved["agent"].rollout_policy(rng), []
         left, start = [E // N + (i < E % N) for i in range(N)], time.time()
-        while any(left):  # as many of each environment, or short ones would count more
+        while any(left) and not self.signal:  # of each env as many, or short ones would count more
             obs, _, _, _, info = envs.step(act(obs))
             for i, score, length in finished(info):
                 if left[i]:
                     left[i] -= 1
                     games.append((i, score, length))
+        if any(left):
+            return
         say(f"{E} episodes, {E / (time.time() - start):.2f} a second")
         for name, x in zip(("return", "length"), np.transpose(games)[1:], strict=True):
             numbers = (np.mean, np.std, np.median, np.min, np.max)
             say(f"{name:7}", *(f"{number.__name__} {number(x):.2f}" for number in numbers))
         header = "environment,episodic_return,episodic_length"
         np.savetxt(self.folder / "eval.csv", games, "%.9g", ",", header=header, comments="")
-        envs.close()
 
     def close(self, number=0):
         """The end of a run, its exit code that of the signal, if one asked for it."""
         if self.args.evaluate:
-            return self.evaluate()
+            self.evaluate()
+            number = self.signal
         self.envs.close()
         self.bar.close()
-        code = 128 + number if number else 0
         if self.wandb:
-            self.wandb.finish(exit_code=code)
-        for number, handler in self.handlers.items():
-            signal.signal(number, handler)
-        say(f"written to {self.folder}")
-        if code:
+            self.wandb.finish(exit_code=128 + number if number else 0)
+        for caught, handler in self.handlers.items():
+            signal.signal(caught, handler)
+        if not self.args.evaluate:
+            say(f"written to {self.folder}")
+        if number and not self.args.evaluate:
             start = "python" if self.ranks == 1 else f"torchrun --nproc_per_node={self.ranks}"
             say(f"to go on: {start} {sys.argv[0]} --resume {str(self.folder)!r}")
-            sys.exit(code)
+        if number:
+            sys.exit(128 + number)
 
 
 def finished(info: dict):

@@ -1693,7 +1693,7 @@ class Run:
         if self.rank == 0:  # it names, writes and shows
             self.open_folder(config | origin(device))
         self.folder = of_all_ranks(self.folder)[0]
-        self.wandb, self.bar = None, tqdm(disable=True)
+        self.wandb, self.bar, self.handlers = None, tqdm(disable=True), {}
         if args.track and self.rank == 0:
             import wandb
 
@@ -1705,11 +1705,12 @@ class Run:
                 fail(f"Weights & Biases: {error}")
             self.wandb.define_metric("*", step_metric="global_step")
         self.start_time = time.time() - self.data.get("seconds", 0.0)
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self.on_signal)
-        Run.now = self
-        if hasattr(os, "register_at_fork"):  # SIGTERM ends what a reward function starts
+        with contextlib.suppress(ValueError, AttributeError):  # not the main thread; no fork
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self.handlers[number] = signal.signal(number, self.on_signal)
+            # SIGTERM ends what a reward function starts
             os.register_at_fork(after_in_child=lambda: signal.signal(number, signal.SIG_DFL))
+        Run.now = self
 
     def open_folder(self, config: dict):
         """A new one, or that of the checkpoint with its files as they were then."""
@@ -1717,8 +1718,12 @@ class Run:
         try:
             if args.resume:
                 old = json.loads((self.folder / "config.json").read_text())
-                rows, _ = [(self.folder / name).read_bytes() for name in FILES]
-                self.lines = rows[: self.data["bytes"][0]].count(b"\n")
+                texts = [(self.folder / name).read_bytes() for name in FILES]
+                for (name, counted), text in zip(self.bytes.items(), texts, strict=True):
+                    self.bytes[name] = text.rfind(b"\n", 0, counted) + 1
+                    if self.bytes[name] < counted:  # a folder copied while a run wrote to it
+                        say(f"{self.folder / name} lacks rows from before the checkpoint")
+                rows, self.lines = texts[0], texts[0].count(b"\n", 0, self.bytes[FILES[0]])
                 self.sent = max(old.get("sent", 0), rows.count(b"\n") * self.data["args"]["track"])
                 config = old | {"resumed": [*old.get("resumed", []), config], "sent": self.sent}
             else:
@@ -1768,7 +1773,7 @@ class Run:
     def on_signal(self, number, _):
         """Stop after the step under way; a second signal does not wait for it."""
         self.signal = number
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in self.handlers:
             signal.signal(number, signal.SIG_DFL if self.ranks == 1 else signal.SIG_IGN)
 
     def begins(self, stage: str) -> bool:
@@ -1908,14 +1913,15 @@ class Run:
         if number:
             self.save_checkpoint()
         self.bar.close()
-        code = 128 + number if number else 0
         if self.wandb:
-            self.wandb.finish(exit_code=code)
+            self.wandb.finish(exit_code=128 + number if number else 0)
+        for caught, handler in self.handlers.items():
+            signal.signal(caught, handler)
         say(f"written to {self.folder}")
-        if code:
+        if number:
             start = "python" if self.ranks == 1 else f"torchrun --nproc_per_node={self.ranks}"
             say(f"to go on: {start} {sys.argv[0]} --resume '{self.folder}'")
-            sys.exit(code)
+            sys.exit(128 + number)
 
 
 def evaluate(args, task, agent, run):

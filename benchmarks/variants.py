@@ -130,6 +130,10 @@ BLOCKS = [  # the same products as 8 x 8 with stride 4: more channels, fewer pos
         ".permute(0, 3, 1, 2) / 255.0",
     ),
 ]
+UNFILMED = [
+    ("        if self.film:\n            self.frame()\n", ""),
+    ('        if self.film:\n            self.frame("recorded" in read)\n', ""),
+]
 STEPPED = (
     "cuts = (1 + starts[1:].any(dim=1).nonzero().flatten()).tolist()",
     "cuts = list(range(1, len(starts)))",
@@ -148,6 +152,8 @@ VARIANTS = [
     ("ppo_continuous.py", "", "update not compiled", [EAGER]),
     ("ppo_continuous.py", "", "torch acts", TORCH_ACTS["ppo_continuous.py"]),
     ("ppo_continuous.py", "", "Adam not fused", [UNFUSED]),
+    ("ppo_discrete.py", "", "nothing is ever filmed", UNFILMED),
+    ("ppo_continuous.py", "", "nothing is ever filmed", UNFILMED),
     ("ppo_atari.py", "fp32", "update not compiled", [EAGER]),
     ("ppo_atari.py", "fp32", "channels first", CHANNELS_FIRST),
     ("ppo_atari.py", "fp32", "whole batch evaluated at once", ONE_FORWARD),

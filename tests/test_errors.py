@@ -130,6 +130,11 @@ def refused(script, args, hints, capsys):
     assert not list(Path().iterdir())
 
 
+def test_one_checkpoint_for_one_purpose(script, capsys):
+    args = script.Args(resume="runs/one", evaluate="runs/other")
+    refused(script, args, ["--evaluate", "without --resume"], capsys)
+
+
 def test_missing_package_of_the_environment(error):
     """The line has the command that installs it."""
     try:

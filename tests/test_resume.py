@@ -517,6 +517,25 @@ def test_what_a_power_cut_may_leave(monkeypatch, capsys):
     assert line.startswith("error: a run needs a folder to write to: ")
 
 
+@each_script
+def test_a_folder_copied_while_its_run_wrote_to_it(name, monkeypatch, capsys):
+    """metrics.csv is older than checkpoint.pt: its whole rows stay, others follow."""
+    folder = interrupted(name, monkeypatch)
+    whole = (folder / "metrics.csv").read_bytes()
+    half = whole[: len(whole) // 2]
+    assert not half.endswith(b"\n")
+    (folder / "metrics.csv").write_bytes(half)
+    capsys.readouterr()
+    resume(name, folder)
+    said = f"{folder}/metrics.csv lacks rows from before the checkpoint"
+    assert capsys.readouterr().out.splitlines()[0] == said
+    now = (folder / "metrics.csv").read_bytes()
+    kept = half[: half.rindex(b"\n") + 1]
+    assert now.startswith(kept) and b"\0" not in now
+    steps = [int(line.split(b",")[0]) for line in now[len(kept) :].splitlines()]
+    assert min(steps) > 128 and max(steps) == 192
+
+
 # ------------------------------------------------------------------------------------------------
 # Refused
 
@@ -726,6 +745,25 @@ def test_a_signal_while_ranks_exchange_what_they_have_is_not_lost(monkeypatch):
         train("discrete")
     assert ended.value.code == 143
     assert iterations == [0, 0, 0, 15]
+
+
+@pytest.mark.parametrize("vectorization", ["sync", "async"])
+def test_ctrl_c_ends_an_evaluation(vectorization):
+    """At once, without a traceback, a table or half a video."""
+    _, folder = train("discrete")
+    flags = ["--evaluate", str(folder), "--eval-episodes", "1000000", "--capture-video"]
+    flags += ["--vectorization", vectorization]
+    pipe = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    command = [sys.executable, ROOT / "ppo_discrete.py", *flags]
+    process = subprocess.Popen(command, start_new_session=True, **pipe)
+    while not list(folder.glob("videos/*0.mp4")) and process.poll() is None:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert "Traceback" not in err and "episodes" not in out
+    assert not list(folder.glob("videos/*unfinished*")) and not (folder / "eval.csv").exists()
+    assert children(process) == []
 
 
 def test_handlers_are_as_they_were():

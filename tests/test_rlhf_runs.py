@@ -16,6 +16,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -737,6 +738,20 @@ def test_signal_while_ranks_exchange_what_they_have_is_not_lost(monkeypatch):
     assert [x for x in seen if x in (0, 15)][-1] == 15 and checkpoint(run.folder)["step"] == 3
 
 
+def test_handlers_are_as_they_were():
+    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    rlhf.train(rlhf.Args(**SORT | {"stages": "sft"}))
+    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
+
+
+def test_a_run_in_a_thread():
+    """Which no signal is for."""
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(rlhf.train, rlhf.Args(**SORT | {"stages": "sft"})).result()
+    (path,) = Path().glob(CHECKPOINTS)
+    assert torch.load(path, weights_only=True)["stage"] == 1  # sft is over
+
+
 def test_signal_at_the_end_of_a_step_leaves_a_checkpoint():
     class Every(int):
         """100; a signal comes when a step is divided by it."""
@@ -1186,6 +1201,22 @@ def test_resume_without_metrics(name, uninterrupted, capsys):
     line = error_line(capsys, rlhf.train, parse("--resume", Path("alone")))
     assert line.startswith("error: a run needs a folder to write to: ")
     assert f"'alone/{name}'" in line
+
+
+@pytest.mark.parametrize("name", ["metrics.csv", "samples.jsonl"])
+def test_a_folder_copied_while_its_run_wrote_to_it(name, monkeypatch, capsys):
+    """A file is older than checkpoint.pt: its whole lines stay, others follow."""
+    path = stopped_in_ppo(monkeypatch).folder / name
+    half = path.read_bytes()[: path.stat().st_size // 2]
+    assert not half.endswith(b"\n")
+    path.write_bytes(half)
+    capsys.readouterr()
+    resumed = train(args=parse("--resume", path.parent))
+    assert f"{path} lacks rows from before the checkpoint\n" in capsys.readouterr().out
+    now, kept = path.read_bytes(), half[: half.rfind(b"\n") + 1]
+    assert resumed.code == 0 and now.startswith(kept) and b"\0" not in now
+    assert now.count(b"\n") > kept.count(b"\n") or name == "samples.jsonl"
+    assert checkpoint(path.parent)["bytes"] == sizes(path.parent)
 
 
 @pytest.mark.parametrize("option", ["--resume", "--load"])
