@@ -94,6 +94,7 @@ class Ablation:
     edits: tuple = ()  # (present lines, what takes their place)
     note: str = ""  # what else changes with it
     own: bool = False  # whether these scripts decided it in their own way
+    other_unit: bool = False  # whether its proxy cannot be compared
 
     @property
     def name(self) -> str:

@@ -61,17 +61,24 @@ may be needed elsewhere.
   deviations of the ends of seeds.
 - **of what is learned**: the difference at the end as a part of what the unchanged script gains
   from its first fiftieth of the training to its end, a mean over seeds that is taken as exact.
+- **little or nothing**: the whole interval at the end is within 10 % of what is learned.
 
-Of the {n} intervals of the table below, {chance} would leave out zero if no detail mattered;
-{found} do. Only of the {sure} that do so after Holm's correction for so many comparisons, at 5 % in
-all, it is said that the return is higher or lower; of the others, that it may be. Intervals are
-shown without it. All of a task share the unchanged runs; where every return is the same,
-"unchanged" is of the same seeds only. [X2](details.md#x2), [X7](details.md#x7) and what else has
-no row was not taken away.
+Of the {n} intervals of ends and areas, {chance} would leave out zero if no detail mattered;
+{found} do. Of {sure} of them it is said that the return is lower or higher, by the procedure of
+Benjamini and Hochberg over all {n}: about one in twenty of these may be chance. Of the others,
+that it may be. Intervals are shown without a correction. All of a task share the unchanged runs;
+where every return is the same, "unchanged" is of the same seeds only. [X2](details.md#x2) is no
+choice where there is one process, [X7](details.md#x7) is compared in [rlhf.md](rlhf.md), and what
+else has no row was not taken away.
 
 `python benchmarks/ablate.py` runs what is missing, [ablations.toml](../benchmarks/ablations.toml)
 has all that it does, [results/ablation](results/ablation) what came out, with command, commit and
 machine of every run. {progress}
+"""
+
+OWN = """Where programs differ: what these scripts do, replaced by the other way. Of a third choice,
+k3 as `approx_kl`, for which Baselines has k2 ([C12](details.md#c12)), no number depends while
+[X3](details.md#x3) and [X5](details.md#x5) are off.
 """
 
 
@@ -106,7 +113,7 @@ class Compared(NamedTuple):
     stopped: int  # runs that ended early, with an error
     without: int  # runs that ended before any episode, which have no score
     seen: tuple = ()  # the ends of all seeds, changed and unchanged
-    sure: bool = False  # the interval at the end leaves out zero, among so many others, too
+    sure: tuple[bool, bool] = (False, False)  # the end and the area differ, among so many, too
 
 
 @functools.cache
@@ -164,7 +171,7 @@ def welch(unchanged: list[float], changed: list[float]) -> Difference:
     pair = (unchanged, changed)
     parts = [np.var(x, ddof=1) / len(x) for x in pair]
     if not (variance := sum(parts)):
-        return Difference(*means, None if means[2] else 0.0)
+        return Difference(*means, *((None, None) if means[2] else (0.0, 1.0)))
     freedom = variance**2 / sum(v**2 / (len(x) - 1) for v, x in zip(parts, pair, strict=True))
     error = variance**0.5
     p = 2 * stats.t.sf(abs(means[2]) / error, freedom)
@@ -183,6 +190,7 @@ def compare(task: str, ablation, what: tuple) -> Compared | None:
     gain = end.unchanged - float(np.mean([x.first for x in ours]))
     if same := all(equal(run, plain.get(seed, {})) for seed, run in changed.items()):
         end, area = (Difference(x.changed, x.changed, 0.0, 0.0) for x in (end, area))
+        ours = theirs
     stopped = sum(run["exit_code"] != 0 for run in runs)
     counts = len(runs), ablate.TASKS[task].seeds
     seen = tuple([x.end for x in scores] for scores in (theirs, ours))
@@ -196,18 +204,21 @@ def equal(run: dict, other: dict) -> bool:
 def everything() -> list[tuple]:
     """(ablation, [Compared of each of its tasks, or None])"""
     found = ablate.ablations()[1:]
-    return holm([(x, [compare(task, x, measure(task)) for task in x.tasks]) for x in found])
+    return judged([(x, [compare(task, x, measure(task)) for task in x.tasks]) for x in found])
 
 
-def holm(all_of_it: list[tuple], level: float = 0.05) -> list[tuple]:
-    """The same, where `sure` is whether there is a difference, by Holm's procedure for them all."""
+def judged(all_of_it: list[tuple], level: float = 0.05) -> list[tuple]:
+    """The same with `sure`, by the procedure of Benjamini and Hochberg for all ends and areas."""
     known = [x for _, found in all_of_it for x in found if x and effect(x) in DECIDED]
-    sure = set()
-    for i, x in enumerate(sorted(known, key=lambda x: x.end.p)):
-        if x.end.p > level / (len(known) - i):
-            break
-        sure.add(id(x))
-    return [(a, [x and x._replace(sure=id(x) in sure) for x in found]) for a, found in all_of_it]
+    tests = sorted(y.p for x in known for y in (x.end, x.area) if y.p is not None)
+    passed = [p for i, p in enumerate(tests, 1) if p <= level * i / len(tests)]
+    limit = max(passed, default=-1.0)
+
+    def judge(x):
+        sure = tuple(y.p is not None and y.p <= limit for y in (x.end, x.area))
+        return x._replace(sure=sure) if effect(x) in DECIDED else x
+
+    return [(a, [x and judge(x) for x in found]) for a, found in all_of_it]
 
 
 # ------------------------------------------------------------------------------------------------
@@ -248,31 +259,45 @@ def effect(x: Compared) -> str:
         return "same"
     if x.end.half is None or x.without or x.gain <= 0:
         return "unknown"
-    if abs(x.end.difference) > x.end.half:
-        return "lower" if x.end.difference < 0 else "higher"
+    if direction(x.end):
+        return direction(x.end)
     return "little" if x.end.half + abs(x.end.difference) <= 0.1 * x.gain else "open"
+
+
+def direction(x: Difference) -> str:
+    """lower, higher, or nothing if zero is in the interval or there is none."""
+    if x.half is None or abs(x.difference) <= x.half:
+        return ""
+    return "lower" if x.difference < 0 else "higher"
 
 
 def sentence(found: list[Compared]) -> str:
     """What was seen, no more than the intervals carry."""
     words = {
-        ("lower", True): "With this change the return is lower on {}.",
-        ("higher", True): "**With this change the return is higher on {}.**",
-        ("lower", False): "It may be lower on {}; among so many comparisons that may be chance.",
-        ("higher", False): "It may be higher on {}; among so many comparisons that may be chance.",
-        ("little", False): "It changes little or nothing on {}.",
-        ("open", False): "It cannot be told from no change on {}.",
+        ("lower", True): "With this change the return at the end is lower on {}.",
+        ("higher", True): "**With this change the return at the end is higher on {}.**",
+        ("lower", False): "At the end it may be lower on {}.",
+        ("higher", False): "At the end it may be higher on {}.",
+        ("little", False): "It changes little or nothing at the end on {}.",
+        ("open", False): "At the end it cannot be told from no change on {}.",
+    }
+    over_all = {
+        ("lower", True): "Over the whole training, by the area, it is lower on {}.",
+        ("higher", True): "**Over the whole training, by the area, it is higher on {}.**",
+        ("lower", False): "Over the whole training, by the area, it may be lower on {}.",
+        ("higher", False): "Over the whole training, by the area, it may be higher on {}.",
     }
     said = []
     for kind, text in words.items():
-        if places := [f"{x.task} ({in_percent(x)})" for x in found if (effect(x), x.sure) == kind]:
+        of_kind = [x for x in found if (effect(x), x.sure[0]) == kind]
+        if places := [f"{x.task} ({in_percent(x)})" for x in of_kind]:
             said.append(text.format(listed(places)))
-    for sign, word in ((-1, "lower"), (1, "higher")):
-        areas = [x for x in found if effect(x) in ("little", "open") and x.area.half]
-        if places := [x.task for x in areas if sign * x.area.difference > x.area.half]:
-            said.append(
-                f"By the area, over the whole training, it may be {word} on {listed(places)}."
-            )
+    decided = [x for x in found if effect(x) in DECIDED]
+    # an area that says no more than the end is in the table
+    more = [x for x in decided if effect(x) != direction(x.area) or x.sure[1] > x.sure[0]]
+    for kind, text in over_all.items():
+        if places := [x.task for x in more if (direction(x.area), x.sure[1]) == kind]:
+            said.append(text.format(listed(places)))
     if same := [x.task for x in found if effect(x) == "same"]:
         said.append(f"Every return is the same on {listed(same)}, in all digits that are kept.")
     if stopped := [f"{x.stopped} of {x.seeds} on {x.task}" for x in found if x.stopped]:
@@ -325,7 +350,7 @@ def section(ablation, found: list[Compared | None]) -> list[str]:
     if there:
         lines += ["| task | seeds | end | unchanged | difference | area | unchanged | difference |"]
         lines += ["|---" * 8 + "|"]
-        proxies = [x for x in there if measure(x.task) == GOLD]
+        proxies = [x for x in there if measure(x.task) == GOLD and not ablation.other_unit]
         proxies = [compare(x.task, ablation, PROXY)._replace(task="its proxy") for x in proxies]
         for x in there + proxies:
             ends = [number(x.end.changed), number(x.end.unchanged)]
@@ -345,17 +370,22 @@ def worth() -> dict[str, str]:
         link = f"[{ablation.instead}](ablation.md#{anchor(ablation)})"
         words = ", ".join(f"{x.task} {in_short(x)}" for x in found if x) or "not run yet"
         tag = "C5" if ablation.detail == "time limits" else ablation.detail  # it is in the targets
-        lines.setdefault(tag, []).append(f"{link}: {words}")
+        lines.setdefault(tag, []).append(f"with {link}: {words}")
     return {detail: "; ".join(texts) for detail, texts in lines.items()}
 
 
 def in_short(x: Compared) -> str:
-    """The difference in percent of what is learned, marked where there is one."""
-    kind = effect(x)
-    if kind not in DECIDED:
-        return {"same": "the same", "unknown": "no interval yet"}[kind]
-    mark = {"lower": "*", "higher": "**"}[kind] if x.sure else ""
-    return f"{mark}{in_percent(x).split()[0]}{mark} %"
+    """The difference in percent of what is learned with its interval, if that leaves out zero."""
+    if effect(x) in ("lower", "higher"):
+        return in_cell(x).replace(" (", " % (")
+    return {"same": "the same", "unknown": "no interval yet"}.get(effect(x), effect(x))
+
+
+def in_cell(x: Compared) -> str:
+    """The numbers of `in_percent`, the first one marked where it is sure."""
+    middle, low, high = re.findall(r"[+-]?\d+", in_percent(x))
+    mark = {"lower": "*", "higher": "**"}[effect(x)] if x.sure[0] else ""
+    return f"{mark}{middle}{mark} ({low} to {high})"
 
 
 # ------------------------------------------------------------------------------------------------
@@ -392,27 +422,34 @@ def tasks_table() -> list[str]:
 
 
 def summary(all_of_it: list[tuple]) -> list[str]:
-    """A row for each of which something is known, the lowest mean difference first."""
+    """A row for each of which something is known, in the order of what the intervals leave."""
     lines = ["| detail | what stands in its place | difference at the end, % of what is learned |"]
     lines += ["|---" * 3 + "|"]
-    marks = {("lower", True): "*", ("higher", True): "**"}
     for ablation, found in sorted(all_of_it, key=order):
-        cells = []
-        for x in [x for x in found if x and effect(x) != "unknown"]:
-            middle, low, high = re.findall(r"[+-]?\d+", in_percent(x))
-            mark = marks.get((effect(x), x.sure), "")
-            words = "the same" if x.same else f"{mark}{middle}{mark} ({low} to {high})"
-            cells.append(f"{x.task} {words}")
+        known = [x for x in found if x and effect(x) != "unknown"]
+        cells = [f"{x.task} {'the same' if x.same else in_cell(x)}" for x in known]
         link = f"[{ablation.detail}](#{anchor(ablation)})"
         lines += [f"| {link} | {ablation.instead} | {'; '.join(cells)} |"] if cells else []
-    return [*lines, "", "Bold: higher, italic: lower, after Holm's correction.", ""]
+    text = (
+        "Bold: higher, italic: lower, as told above. The order is that of the ends of the intervals"
+    )
+    return [
+        *lines,
+        "",
+        f"{text}\nnearer to zero, and zero if it is inside: their mean over tasks.",
+        "",
+    ]
 
 
-def order(pair) -> float:
-    """The mean of the tasks with intervals if there are any; what is not known last."""
+def order(pair) -> tuple:
+    """The mean of what intervals leave, then of differences by precision; what is unknown last."""
     found = [x for x in pair[1] if x and x.gain > 0]
-    known = [x for x in found if effect(x) != "unknown"] or found
-    return float(np.mean([percent(x)[0] for x in known])) if known else np.inf
+    if not (known := [x for x in found if effect(x) != "unknown"]):
+        return (True, 0.0, float(np.mean([percent(x)[0] for x in found])) if found else np.inf)
+    middle, low, high = np.transpose([percent(x) for x in known])
+    left = np.maximum(low, 0) + np.minimum(high, 0)
+    precision = 1 / np.maximum(high - low, 1) ** 2
+    return (False, float(left.mean()), float(np.average(middle, weights=precision)))
 
 
 def by_tag(detail: str) -> tuple:
@@ -435,23 +472,24 @@ def progress() -> str:
 
 
 def page(all_of_it: list[tuple]) -> str:
-    kinds = [effect(x) for _, found in all_of_it for x in found if x]
-    n = sum(kind in DECIDED for kind in kinds)
+    known = [x for _, found in all_of_it for x in found if x and effect(x) in DECIDED]
+    tests = [y for x in known for y in (x.end, x.area) if y.p is not None]
+    n = len(tests)
     text = INTRODUCTION.format(
         tasks="\n".join(tasks_table()),
         n=n,
         chance=f"{n / 20:.1f}",
-        found=kinds.count("lower") + kinds.count("higher"),
-        sure=sum(x.sure for _, found in all_of_it for x in found if x),
+        found=sum(direction(x) != "" for x in tests),
+        sure=sum(sum(x.sure) for x in known),
         progress=progress(),
     )
-    lines = [text, "## Our own choices", ""]
+    lines = [text, "## Our own choices", "", OWN]
     for ablation, found in all_of_it:
         if ablation.own:
             words = sentence([x for x in found if x]) or f"Not run yet: {way_on(ablation)}."
             lines.append(f"- [{ablation.detail}: {ablation.instead}](#{anchor(ablation)}). {words}")
     if n:
-        lines += ["", "## All of them, by their mean difference", "", *summary(all_of_it)]
+        lines += ["", "## All of them", "", *summary(all_of_it)]
         lines += ["![the same as a picture](results/ablation/effects.png)", ""]
         lines += ["![curves](results/ablation/curves.png)", ""]
         lines += ["Means over seeds. Black: the unchanged script. Coloured: the strongest five of"]

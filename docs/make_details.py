@@ -132,8 +132,15 @@ def introduction(details: dict[str, dict]) -> str:
     rlhf = [tag for tag in details if tag[0] == "H"]
     text += f"Those of RLHF have numbers of our own, {len(rlhf)} of {rlhf[0]} to {rlhf[-1]}.\n"
     text += "[mutations.md](mutations.md): what a mutant is, of which commit, and what survived.\n"
-    text += "Worth: what the return at the end changes without a detail, in percent of what is\n"
-    text += "learned; bold or italic where it is told from chance among [all](ablation.md).\n"
+    text += (
+        "Worth: how the return at the end changes where something else stands in its place, in\n"
+    )
+    text += (
+        "percent of what is learned, with a 95 % interval; bold (higher) or italic (lower) where\n"
+    )
+    text += (
+        "it is told from chance among [all](ablation.md); little: within 10 %; open: it may be 0.\n"
+    )
     return text
 
 

@@ -1,6 +1,8 @@
 """benchmarks/ablate.py: every ablation fits the scripts, and what is there is not run again."""
 
 import dataclasses
+import functools
+import hashlib
 import json
 import os
 import subprocess
@@ -8,6 +10,7 @@ import sys
 
 import ablate
 import pytest
+import torch
 
 import make_ablation
 import ppo_atari
@@ -52,6 +55,8 @@ def test_every_one_of_the_37_is_there():
     details = {ablation.detail for ablation in TABLE}
     sizes = {"C": 13, "A": 9, "R": 9, "L": 5, "M": 1}
     assert {f"{kind}{i + 1}" for kind, size in sizes.items() for i in range(size)} <= details
+    others = {"X1", "X3", "X4", "X5", "X6", "H28", "H34", "H43", "H44", "H47", "H52", "H54"}
+    assert others <= details
 
 
 def test_names_of_files_are_different():
@@ -97,7 +102,7 @@ def unchanged(tmp_path_factory):
 
 
 def quick(folder, task, ablation):
-    """What a few iterations log, times apart, as ablate.run starts them."""
+    """What a few iterations log, times apart, and their weights; as ablate.run starts them."""
     settings = ablate.TASKS[task]
     flags, steps = QUICK[settings.script]
     few = dataclasses.replace(settings, flags=f"{settings.flags} {flags}", steps=steps)
@@ -107,7 +112,9 @@ def quick(folder, task, ablation):
     done = subprocess.run(words, cwd=folder, env=env, check=False, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     rows = ablate.read_metrics(next(folder.glob("runs/*/metrics.csv")))
-    return [(step, name, x) for step, _, name, x in rows if not name.startswith(TIMES)]
+    (saved,) = folder.glob("runs/*/checkpoint.pt")
+    saved = torch.load(saved, weights_only=True).get("agent")
+    return [(step, name, x) for step, _, name, x in rows if not name.startswith(TIMES)], saved
 
 
 TIMES = ("charts/SPS", "time/", "perf/")
@@ -121,17 +128,18 @@ TIMES = ("charts/SPS", "time/", "perf/")
 )
 def test_lines_that_take_its_place_run_and_do_something(task, ablation, unchanged, tmp_path):
     """In the first iterations, but for what changes no number by construction."""
-    rows, plain = quick(tmp_path, task, ablation), unchanged(task)
+    (rows, weights), (plain, plain_weights) = quick(tmp_path, task, ablation), unchanged(task)
     if ablation.detail in NOTHING:
         names = {name for _, name, _ in rows}
         assert rows == [row for row in plain if row[1] in names]
+        assert all(torch.equal(x, plain_weights[name]) for name, x in weights.items())
     elif ablation.detail not in LATER:
         assert rows != plain
 
 
 def test_what_is_kept_is_of_the_table():
     """Diff, flags and steps as they are today, each run with the text of its day, no other file."""
-    names = set()
+    names, runs = set(), []
     for task, ablation in PAIRS:
         path, table = ablate.files(task, ablation)
         if not path.exists():
@@ -146,11 +154,26 @@ def test_what_is_kept_is_of_the_table():
             words = ablate.command(settings, ablation, run["seed"], cuda=on)
             assert run["command"] == ablate.shlex.join(words)
             assert len(run["git_commit"]) == 40
+            runs.append((run, settings, ablation))
         seeds = [run["seed"] for run in data["runs"]]
         assert seeds == sorted(set(seeds))
         assert make_ablation.runs_of(task, ablation).keys() <= set(seeds)
     kept = {path.name for path in ablate.RESULTS.glob("*__*")}
     assert kept == names
+    if any(show(run["git_commit"], settings.script) is None for run, settings, _ in runs):
+        pytest.skip("not all commits are in this clone")
+    for run, settings, ablation in runs:
+        text = show(run["git_commit"], settings.script)
+        text = ablate.changed(ablate.changed(text, settings.edits), ablation.edits)
+        assert run["script_sha256"] == hashlib.sha256(text.encode()).hexdigest(), run["command"]
+
+
+@functools.cache
+def show(commit, script):
+    """A script as it was, or None."""
+    git = ["git", "-C", ROOT, "show", f"{commit}:{script}"]
+    done = subprocess.run(git, capture_output=True, text=True, check=False)
+    return None if done.returncode else done.stdout
 
 
 def entry(seed):
