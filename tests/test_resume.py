@@ -517,7 +517,14 @@ def test_what_a_power_cut_may_leave(monkeypatch, capsys):
     assert line.startswith("error: a run needs a folder to write to: ")
 
 
-@each_script
+@pytest.mark.parametrize(
+    "name",
+    [
+        "discrete",
+        "continuous",
+        *[pytest.param(x, marks=pytest.mark.slow) for x in list(SCRIPTS)[2:]],
+    ],
+)
 def test_a_folder_copied_while_its_run_wrote_to_it(name, monkeypatch, capsys):
     """metrics.csv is older than checkpoint.pt: its whole rows stay, others follow."""
     folder = interrupted(name, monkeypatch)
@@ -747,7 +754,7 @@ def test_a_signal_while_ranks_exchange_what_they_have_is_not_lost(monkeypatch):
     assert iterations == [0, 0, 0, 15]
 
 
-@pytest.mark.parametrize("vectorization", ["sync", "async"])
+@pytest.mark.parametrize("vectorization", ["sync", pytest.param("async", marks=pytest.mark.slow)])
 def test_ctrl_c_ends_an_evaluation(vectorization):
     """At once, without a traceback, a table or half a video."""
     _, folder = train("discrete")
