@@ -7,7 +7,16 @@ import pytest
 import make_ablation
 import make_details
 from conftest import ROOT
-from make_ablation import RETURN, Compared, Difference, effect, percent, sentence, welch
+from make_ablation import (
+    RETURN,
+    Compared,
+    Difference,
+    direction,
+    effect,
+    percent,
+    sentence,
+    welch,
+)
 
 PAGE = (ROOT / "docs" / "ablation.md").read_text()
 EPISODE = "charts/episodic_return"
@@ -255,6 +264,15 @@ def test_table_and_pictures_are_of_what_is_known(kept, tmp_path, monkeypatch):
     assert [list(line.get_xdata()) for line in interval] == [pytest.approx(ends)]
     assert curves.lines[-1].get_ydata() == pytest.approx([1] * 25 + [1] * 24 + [2.5])
     assert [x.get_text() for x in curves.get_legend().get_texts()] == ["C3: C3"]
+
+
+def test_what_the_page_on_ppo_says_of_the_two_clips():
+    """docs/ppo.md has it in words of its own."""
+    parts = {x.detail: found for x, found in make_ablation.everything() if x.detail in ("C8", "C9")}
+    clip = {x.task: (effect(x), direction(x.area), x.sure[1]) for x in parts["C8"]}
+    assert clip.pop("Hopper")[1:] == ("lower", True)
+    assert {words for words, *_ in clip.values()} <= {"open", "little", "same"}
+    assert {effect(x) for x in parts["C9"]} <= {"open", "little", "higher"}
 
 
 def test_every_detail_has_its_place_and_its_line():
