@@ -47,7 +47,8 @@ VARIANTS = """## What it is due to
 
 `python benchmarks/variants.py` ([raw data](results/variants.csv)): steps per second of a copy of
 the script with some lines replaced, as a multiple of the script as it is, run in turn, on the
-first machine, in parts chosen with `--only`. Below 1, the lines that are there are worth having.
+first machine, in parts chosen with `--only`; what films, later, on two cores of an AMD EPYC, where
+runs differed more. Below 1, the lines that are there are worth having.
 What was tried and left out is marked so: it gives too little speed for its text. Values stored
 while acting would give Atari a training loop of its own, for the other scripts act in numpy, with
 the policy alone."""
