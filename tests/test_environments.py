@@ -379,7 +379,7 @@ gym.register("{name}-v0", {name})
 """
 
 
-@pytest.mark.parametrize("vectorization", ["sync", "async"])
+@pytest.mark.parametrize("vectorization", ["sync", pytest.param("async", marks=pytest.mark.slow)])
 def test_environment_of_a_third_party_module(script, vectorization, tmp_path, monkeypatch):
     """Both in process (sync) and from the command line (async)."""
     kind = script.__name__.removeprefix("ppo_")

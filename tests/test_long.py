@@ -13,9 +13,14 @@ import ppo_atari
 from conftest import ROOT
 
 FOLDERS = [path.parent for path in (ROOT / "docs" / "results" / "long").glob("*/checkpoint.pt")]
+FOLDERS.sort()
 
 
-@pytest.mark.parametrize("folder", FOLDERS, ids=lambda path: path.name)
+@pytest.mark.parametrize(
+    "folder",
+    [FOLDERS[0], *[pytest.param(x, marks=pytest.mark.slow) for x in FOLDERS[1:]]],
+    ids=lambda path: path.name,
+)
 def test_it_goes_on(folder):
     copy = Path(shutil.copytree(folder, folder.name))
     data = torch.load(copy / "checkpoint.pt", weights_only=True)

@@ -95,7 +95,7 @@ def read(folder):
     ("script", "vectorization"),
     [
         ("discrete", "async"),
-        ("continuous", "sync"),
+        pytest.param("continuous", "sync", marks=pytest.mark.slow),
         pytest.param("discrete", "sync", marks=pytest.mark.slow),
         pytest.param("continuous", "async", marks=pytest.mark.slow),
     ],

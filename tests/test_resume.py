@@ -127,7 +127,9 @@ def error_line(capsys, function, *args):
 # The same run
 
 
-@each_script
+@pytest.mark.parametrize(
+    "name", [*list(SCRIPTS)[:3], pytest.param("atari_lstm", marks=pytest.mark.slow)]
+)
 def test_two_runs_resumed_from_one_checkpoint_are_the_same(name, monkeypatch):
     """Bit for bit, in another folder as well; the rows of the iterations are all there, once."""
     folder = interrupted(name, monkeypatch)

@@ -243,7 +243,7 @@ RAISES, NONE = "raise KeyError('fuel')", "return np.zeros(3), None, 0, 0, {{}}"
     ("vectorization", "fails"),
     [
         ("async", RAISES),
-        ("sync", NONE),
+        pytest.param("sync", NONE, marks=pytest.mark.slow),
         pytest.param("sync", RAISES, marks=pytest.mark.slow),
         pytest.param("async", NONE, marks=pytest.mark.slow),
     ],
