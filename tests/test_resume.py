@@ -32,7 +32,6 @@ SCRIPTS = {
     "atari": (ppo_atari, "PongNoFrameskip-v4"),
     "atari_lstm": (ppo_atari_lstm, "PongNoFrameskip-v4"),
 }
-each_script = pytest.mark.parametrize("name", SCRIPTS)
 
 
 class Clock(gym.Env):
