@@ -186,6 +186,8 @@ def test_many_comparisons_by_hand():
     assert [x.sure for x in after[:4]] == sure
     assert [x.sure for x in after[4:6]] == [(False, False)] * 2
     assert (name, after[6]) == ("it", None)
+    assert make_ablation.holm([0.03, 0.01, 0.04, 0.016]) == 2  # 0.03 is more than 0.05 / 2
+    assert make_ablation.holm([0.01]) == 1
 
 
 @pytest.mark.parametrize(
