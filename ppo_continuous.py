@@ -513,7 +513,6 @@ def say(*words):
 OF_ONE_COMMAND = {"resume", "evaluate", "eval_episodes", "deterministic", "capture_video"}
 MAY_CHANGE = {"total_timesteps", "learning_rate", "precision", "cuda", "torch_threads", "compile"}
 MAY_CHANGE |= {"vectorization", "env_timeout", "checkpoint_every", "track"}
-MAY_CHANGE |= {"wandb_project_name", "wandb_entity"}
 
 
 def parse_args(argv: list[str]) -> Args:
@@ -527,7 +526,7 @@ def parse_args(argv: list[str]) -> Args:
         args = tyro.cli(Args, args=argv, default=Args(**old))
         for name in [x for x in old if getattr(args, x) != old[x] and x not in OF_ONE_COMMAND]:
             change = f"--{name.replace('_', '-')} is {getattr(args, name)}, it was {old[name]}"
-            if name not in MAY_CHANGE:
+            if name not in MAY_CHANGE and not name.startswith("wandb_"):
                 fail(f"{change}; that is another run than {path}")
             say(change + "; what is annealed follows the new total" * (name == "total_timesteps"))
     return args
@@ -663,7 +662,7 @@ class Watched(gym.Wrapper):
 
     def frame(self, last=False):
         """Into a file that has its name once the game is over."""
-        import imageio_ffmpeg
+        from imageio_ffmpeg import write_frames
 
         name, all_games = f"{self.film[0]}game-{self.game}", self.film[1]
         if all_games or round(self.game ** (1 / 3)) ** 3 == self.game:
@@ -672,9 +671,8 @@ class Watched(gym.Wrapper):
             except Exception as error:
                 self.fault(f"no picture, MuJoCo takes them by EGL or OSMesa (libegl1): {error}")
             if self.writer is None:
-                size, fps = picture.shape[1::-1], self.metadata.get("render_fps", 30)
-                how = {"fps": fps, "macro_block_size": 2}
-                self.writer = imageio_ffmpeg.write_frames(f"{name}-unfinished.mp4", size, **how)
+                how = {"fps": self.metadata.get("render_fps", 30), "macro_block_size": 2}
+                self.writer = write_frames(f"{name}-unfinished.mp4", picture.shape[1::-1], **how)
                 self.writer.send(None)
             self.writer.send(picture)
         if last:
@@ -881,8 +879,7 @@ class Run:
         if self.args.capture_video:
             self.videos.mkdir(exist_ok=True)
             films = [(f"{self.videos}/{name}", bool(self.args.evaluate)) for name in names]
-            films += [None] * (self.envs.num_envs - len(names))
-            self.envs.unwrapped.set_attr("film", films)
+            self.envs.unwrapped.set_attr("film", films + [None] * (self.envs.num_envs - len(names)))
 
     def on_signal(self, number, _):
         """Stop after this iteration; a second signal does not wait for it."""
@@ -961,7 +958,8 @@ class Run:
                 self.save_checkpoint(iteration)
             self.checkpoint = self.folder / "checkpoint.pt"
         if asked:
-            self.close(asked)
+            self.signal = asked
+            self.close()
 
     def save_checkpoint(self, iteration: int):
         """Atomic: whatever happens meanwhile, a complete checkpoint is there under its name."""
@@ -1007,24 +1005,20 @@ class Run:
         header = "environment,episodic_return,episodic_length"
         np.savetxt(self.folder / "eval.csv", games, "%.9g", ",", header=header, comments="")
 
-    def close(self, number=0):
+    def close(self):
         """The end of a run, its exit code that of the signal, if one asked for it."""
-        if self.args.evaluate:
-            self.evaluate()
-            number = self.signal
-        self.envs.close()
         self.bar.close()
+        self.evaluate() if self.args.evaluate else say(f"written to {self.folder}")
+        self.envs.close()
         if self.wandb:
-            self.wandb.finish(exit_code=128 + number if number else 0)
-        for caught, handler in self.handlers.items():
-            signal.signal(caught, handler)
-        if not self.args.evaluate:
-            say(f"written to {self.folder}")
-        if number and not self.args.evaluate:
+            self.wandb.finish(exit_code=128 + self.signal if self.signal else 0)
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
+        if self.signal and not self.args.evaluate:
             start = "python" if self.ranks == 1 else f"torchrun --nproc_per_node={self.ranks}"
             say(f"to go on: {start} {sys.argv[0]} --resume {str(self.folder)!r}")
-        if number:
-            sys.exit(128 + number)
+        if self.signal:
+            sys.exit(128 + self.signal)
 
 
 def finished(info: dict):
@@ -1043,9 +1037,8 @@ def origin(device: torch.device) -> dict:
 
     packages = ("torch", "gymnasium", "ale_py", "mujoco", "numpy")
     versions = {name: sys.modules[name].__version__ for name in packages if name in sys.modules}
-    git = f"git -C {shlex.quote(str(Path(__file__).parent))} describe"
-    describe = f"{git} --always --dirty --abbrev=40 --exclude='*'"  # the commit, whatever the tags
-    status, commit = subprocess.getstatusoutput(describe)
+    git = f"git -C {shlex.quote(str(Path(__file__).parent))} describe --always --dirty --abbrev=40"
+    status, commit = subprocess.getstatusoutput(f"{git} --exclude='*'")  # whatever the tags
     where = {"device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu"}
     where |= {"cpus": os.cpu_count(), "platform": platform.platform()}
     where |= {"versions": {"ppo37": "0.1.0", "python": platform.python_version()} | versions}

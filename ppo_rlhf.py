@@ -1540,10 +1540,9 @@ def check_args(args: Args):
         fail("--kl-target adapts --kl-coef, which cannot be 0 then")
     if args.d_model % args.num_heads:
         fail(f"--d-model {args.d_model} cannot be divided into {args.num_heads} --num-heads")
-    if args.batch_size % args.num_minibatches:
-        fail(f"--batch-size {args.batch_size} is no multiple of {args.num_minibatches} minibatches")
-    if args.batch_size % args.group_size:
-        fail(f"--batch-size {args.batch_size} is no multiple of --group-size {args.group_size}")
+    for flag, size in (("num-minibatches", args.num_minibatches), ("group-size", args.group_size)):
+        if args.batch_size % size:
+            fail(f"--batch-size {args.batch_size} is no multiple of --{flag} {size}")
     if args.group_size > 1 and (args.value_model or args.whiten_rewards):
         fail("--group-size has no --value-model, and one reward a response, no --whiten-rewards")
     if args.total_episodes < args.batch_size:
@@ -1590,10 +1589,9 @@ def check_args(args: Args):
         fail("--fsdp needs torchrun: torchrun --nproc_per_node=2 ppo_rlhf.py --fsdp ...")
     if args.merge and not args.lora_rank:
         fail("--merge needs a --lora-rank")
-    if args.lora_rank:
-        package("peft", "--lora-rank")
-    if args.track:
-        package("wandb", "--track")
+    for flag, name in {"lora_rank": "peft", "track": "wandb"}.items():
+        if getattr(args, flag):
+            package(name, f"--{flag.replace('_', '-')}")
 
 
 def load_reward_function(text: str):
@@ -1681,9 +1679,8 @@ class Run:
         config = dataclasses.asdict(args) | derived
         self.frozen, self.last, self.folder = {}, {}, None  # hashes of models written; metrics
         if path:
-            data = load_checkpoint(path)
+            self.restore(data := load_checkpoint(path))
             self.numbers = data["numbers"]
-            self.restore(data)
         if args.resume:
             self.data, self.stage, self.step = data, data["stage"], data["step"]  # [H69]
             self.folder, self.frozen, self.checkpoint = data["folder"], data["frozen"], data["path"]
@@ -1896,16 +1893,15 @@ class Run:
 
     def write(self, name: str, data: dict) -> Path:
         """Atomic: whatever happens meanwhile, a complete file is there under its name."""
-        if self.rank > 0:
-            return self.folder / name
-        with open(self.folder / f"{name}.tmp", "wb") as file:
-            try:
-                torch.save(data, file)
-            except RuntimeError as error:  # how torch reports a full disk
-                raise OSError(f"no space? {error}") from None
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(file.name, self.folder / name)
+        if self.rank == 0:
+            with open(self.folder / f"{name}.tmp", "wb") as file:
+                try:
+                    torch.save(data, file)
+                except RuntimeError as error:  # how torch reports a full disk
+                    raise OSError(f"no space? {error}") from None
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(file.name, self.folder / name)
         return self.folder / name
 
     def close(self, number=0):
@@ -1964,8 +1960,7 @@ def evaluate(args, task, agent, run):
     for row in table["SFT"]:
         say(f"{row:18}", *(f"{column[row]:11.3f}" for column in table.values()))
     say(*(f"{k} {v:.3f}" for k, v in run.numbers.items() if k.startswith("rm/")))
-    for lines in shown:
-        say("\n" + "\n".join(lines))
+    say("\n" + "\n\n".join("\n".join(lines) for lines in shown))
     cells = [(name, row) for name in table for row in table[name]]
     results = {f"eval/{n.lower().replace(' ', '_')}/{r}": float(table[n][r]) for n, r in cells}
     run.log(step, results)
@@ -2104,9 +2099,8 @@ def plan(args: Args):
 
 def origin(device: torch.device) -> dict:
     """Where a run comes from: the machine, the versions, the commit, the script, the command."""
-    git = f"git -C {shlex.quote(str(Path(__file__).parent))} describe"
-    describe = f"{git} --always --dirty --abbrev=40 --exclude='*'"  # the commit, whatever the tags
-    status, commit = subprocess.getstatusoutput(describe)
+    git = f"git -C {shlex.quote(str(Path(__file__).parent))} describe --always --dirty --abbrev=40"
+    status, commit = subprocess.getstatusoutput(f"{git} --exclude='*'")  # whatever the tags
     where = {"device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu"}
     where |= {"cpus": os.cpu_count(), "platform": platform.platform()}
     packages = [sys.modules[x] for x in ("torch", "numpy", "transformers") if x in sys.modules]

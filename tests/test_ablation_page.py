@@ -1,5 +1,7 @@
 """docs/ablation.md: its statistics by hand, its words no stronger than the intervals."""
 
+import gzip
+
 import ablate
 import numpy as np
 import pytest
@@ -40,6 +42,18 @@ def test_interval_by_hand():
     assert welch(ours, [8.0]) == (8, 3, 5, None, None)
     assert welch([500] * 4, [499] * 2)[:4] == (499, 500, -1, None)  # nothing to judge by
     assert welch([500] * 4, [500] * 2) == (500, 500, 0, 0, 1)
+
+
+def test_what_is_learned_of_pong_by_hand(monkeypatch, tmp_path):
+    """Ends -10 and -18, first windows -20 and -20: 6 in deviations of 32^0.5."""
+    monkeypatch.setattr(make_ablation, "PICTURES", tmp_path / "ablation")
+    header = "global_step,time,name,value\n8,0.5,losses/entropy,1.7\n"
+    for seed, end in ((1, -10), (2, -18)):
+        episodes = {19: -21, 20: -19, 21: -7, 90: 5, 91: end - 1, 100: end + 1, 101: 21}
+        rows = "".join(f"{at},1.5,{EPISODE},{x}\n" for at, x in episodes.items())
+        file = tmp_path / f"PongNoFrameskip-v4__ppo_atari__{seed}__7.csv.gz"
+        file.write_bytes(gzip.compress((header + rows).encode()))
+    assert make_ablation.pong(100) == pytest.approx(6 / 32**0.5)
 
 
 def run_of(*pairs, name=EPISODE):

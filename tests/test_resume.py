@@ -737,14 +737,15 @@ def test_a_signal_to_all_is_for_the_process_that_learns(number):
     assert [process.exitcode for process in processes] == [0, 0]
 
 
-def test_a_signal_while_ranks_exchange_what_they_have_is_not_lost(monkeypatch):
-    """It counts in the next iteration."""
+@pytest.mark.parametrize(("raised_in", "last"), [(3, 4), (6, 6)])
+def test_a_signal_while_ranks_exchange_what_they_have_is_not_lost(raised_in, last, monkeypatch):
+    """It counts in the next iteration; after the last of the six, for the exit code."""
     iterations, of_all_ranks = [], ppo_discrete.of_all_ranks
 
     def exchange(x):
         if isinstance(x, tuple):  # at the end of an iteration
             iterations.append(x[0])
-            if len(iterations) == 3:
+            if len(iterations) == raised_in:
                 signal.raise_signal(signal.SIGTERM)
         return of_all_ranks(x)
 
@@ -752,7 +753,9 @@ def test_a_signal_while_ranks_exchange_what_they_have_is_not_lost(monkeypatch):
     with pytest.raises(SystemExit) as ended:
         train("discrete")
     assert ended.value.code == 143
-    assert iterations == [0, 0, 0, 15]
+    assert iterations == [0] * raised_in + [15] * (last - raised_in)
+    (path,) = Path().glob("runs/*/checkpoint.pt")
+    assert torch.load(path, weights_only=True)["iteration"] == last
 
 
 @pytest.mark.parametrize("vectorization", ["sync", pytest.param("async", marks=pytest.mark.slow)])

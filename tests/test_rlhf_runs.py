@@ -1141,8 +1141,8 @@ def test_kl_target_with_a_beta_of_0_refused(capsys):
     "changes, hints",
     [
         ({"d_model": 18, "num_heads": 4}, ["--d-model 18", "4 --num-heads"]),
-        ({"num_minibatches": 3}, ["--batch-size 8", "no multiple of 3 minibatches"]),
-        ({"num_minibatches": 16}, ["--batch-size 8", "no multiple of 16 minibatches"]),
+        ({"num_minibatches": 3}, ["--batch-size 8", "no multiple of --num-minibatches 3"]),
+        ({"num_minibatches": 16}, ["--batch-size 8", "no multiple of --num-minibatches 16"]),
         ({"total_episodes": 7}, ["--total-episodes 7", "--batch-size"]),
         ({"task": "reviews", "rm_coef": 0.0}, ["no reward", "--rm-coef above 0", "--reward-fn"]),
         ({"load": "nowhere.pt"}, ["nowhere.pt", "FileNotFoundError"]),

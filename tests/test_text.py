@@ -278,10 +278,10 @@ def test_budget(source):
     if "class Transformer" in source:
         algorithm = sections(source)["The algorithm"] + function(source, "train_ppo")
         assert algorithm.count("\n") <= 400, "too much in The algorithm and train_ppo"
-        assert learning + runs <= 2131
+        assert learning + runs <= 2125
     else:
         assert learning <= (485 if "nn.LSTM" in source else 460), "too much before Runs"
-        assert runs <= 611, "too much in Runs"
+        assert runs <= 604, "too much in Runs"
 
 
 @each_script
