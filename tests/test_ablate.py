@@ -7,8 +7,10 @@ import json
 import os
 import subprocess
 import sys
+import types
 
 import ablate
+import numpy as np
 import pytest
 import torch
 
@@ -84,7 +86,7 @@ QUICK = {  # what a task's flags become, and its steps
     "ppo_rlhf.py": ("--sft-texts 256 --rm-pairs 64 --rm-test-pairs 64 --eval-episodes 16", 1280),
 }
 NOTHING = ("C12", "L2")  # what they take away changes no number by construction
-LATER = ("R7", "A6")  # few observations are clipped that soon, and Breakout's first rewards are 1
+LATER = ("R7", "A6")  # not in so few steps: see test_what_shows_later
 
 
 @pytest.fixture(scope="module")
@@ -135,6 +137,41 @@ def test_lines_that_take_its_place_run_and_do_something(task, ablation, unchange
         assert all(torch.equal(x, plain_weights[name]) for name, x in weights.items())
     elif ablation.detail not in LATER:
         assert rows != plain
+
+
+def module_of(ablation, name):
+    """The script without the detail."""
+    module = types.ModuleType(name)
+    module.__file__ = str(ROOT / f"{name}.py")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, name, module)  # where its dataclass looks
+        exec(ablate.changed((ROOT / f"{name}.py").read_text(), ablation.edits), vars(module))
+    return module
+
+
+@pytest.mark.parametrize("detail", LATER)
+def test_what_shows_later(detail):
+    """A jump of the observation by 1000 deviations; a game that pays 25 and 300."""
+    (ablation,) = [x for x in TABLE if x.detail == detail]
+    plain, seen = TABLE[0], []
+    for change in (plain, ablation):
+        if detail == "R7":
+            script = module_of(change, "ppo_continuous")
+            envs = script.make_envs(script.Args(env_id="Pendulum-v1", num_envs=1))
+            envs.obs_rms.mean[:], envs.obs_rms.var[:] = 0.0, 1.0
+            seen.append(envs.normalize(np.array([[1000.0, -1000.0, 5.0]])).tolist()[0])
+        else:
+            script = module_of(change, "ppo_atari")
+            settings = {"env_id": "QbertNoFrameskip-v4", "num_envs": 1, "vectorization": "sync"}
+            envs = script.make_envs(script.Args(**settings))
+            envs.reset(seed=[1])
+            envs.action_space.seed(1)
+            rewards = [envs.step(envs.action_space.sample())[1][0] for _ in range(200)]
+            seen.append(sorted({*rewards} - {0}))
+        envs.close()
+    expected = {"R7": [[10, -10, 5], [1000, -1000, 5]], "A6": [[1], [25, 300]]}
+    for x, y in zip(seen, expected[detail], strict=True):
+        assert x == pytest.approx(y)
 
 
 def test_what_is_kept_is_of_the_table():

@@ -5,6 +5,7 @@ import gzip
 import ablate
 import numpy as np
 import pytest
+from PIL import Image
 
 import make_ablation
 import make_details
@@ -28,6 +29,12 @@ PLAIN = ablate.ablations()[0]
 def test_page_is_up_to_date():
     for path, text in make_ablation.pages().items():
         assert path.read_text() == text, "run: python docs/make_ablation.py"
+
+
+def test_pictures_are_up_to_date():
+    for name in ("effects.png", "curves.png"):
+        with Image.open(make_ablation.PICTURES / name) as picture:
+            assert picture.info["Source"] == make_ablation.source(), "run docs/make_ablation.py"
 
 
 def test_interval_by_hand():
