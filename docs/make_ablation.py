@@ -392,7 +392,8 @@ def in_short(x: Compared) -> str:
     """The difference in percent of what is learned with its interval, if that leaves out zero."""
     if effect(x) in ("lower", "higher"):
         return in_cell(x).replace(" (", " % (")
-    return {"same": "the same", "unknown": "no interval yet"}.get(effect(x), effect(x))
+    words = {"same": "the same", "unknown": "no interval yet"}.get(effect(x), effect(x))
+    return words + (f" at the end, {direction(x.area)} over all" if x.sure[1] else "")
 
 
 def in_cell(x: Compared) -> str:

@@ -193,6 +193,22 @@ def test_an_area_that_says_more_than_the_end_is_told(x, words):
     assert (found == words) if words else ("area" not in text)
 
 
+@pytest.mark.parametrize(
+    ("x", "words"),
+    [
+        (compared(-20, 10, sure=(True, True), area=-6), "Toy *-20* % (-30 to -10)"),
+        (compared(20, 10), "Toy 20 % (10 to 30)"),
+        (compared(20, 30, area=6), "Toy open"),
+        (compared(20, 30, sure=(False, True), area=6), "Toy open at the end, higher over all"),
+        (compared(2, 3, sure=(False, True), area=-6), "Toy little at the end, lower over all"),
+        (compared(2, None), "Toy no interval yet"),
+        (compared(0, 0, same=True), "Toy the same"),
+    ],
+)
+def test_worth_in_short(x, words):
+    assert f"Toy {make_ablation.in_short(x)}".replace("+", "") == words
+
+
 def test_many_comparisons_by_hand():
     """Benjamini and Hochberg: of eight, the fourth, 0.024, is at most 4 / 8 of 0.05, so the first
     counts, too, though 0.007 is more than 1 / 8; the fifth, 0.04, is more than 5 / 8."""
