@@ -52,7 +52,7 @@ For A1 to A9 a game was wanted on which the script moves, as `learned` has it, b
 within 500,000 steps. None is known: Pong, of which [four runs](results) are kept, two seeds in both
 precisions, has moved by {pong_late} deviations at 500,000 steps, and by {pong} at the 200,000 that
 so many runs could have here, Breakout by what the last column says. No other game was tried, and
-Breakout no longer than that. So on Breakout only large effects show.
+Breakout with several seeds no longer than that. So on Breakout only large effects show.
 
 - **end**: the mean return of the episodes that ended in the last tenth of the steps, of ppo_rlhf.py
   the true reward of 512 texts after it; in brackets the lowest and the highest seed. A run that
