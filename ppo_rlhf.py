@@ -1552,10 +1552,11 @@ def check_args(args: Args):
         fail(f"--stages {args.stages}: choose from {','.join(STAGES)}, in this order")
     path = args.resume or args.load
     data = load_checkpoint(path) if path else {"stage": 0, "numbers": {}}
+    counts = rf"{STAGES[min(data['stage'], 3)]}_(texts|pairs|batch_size)"  # steps, of this stage
     for name, old in data["args"].items() if args.resume else ():
         if name not in ("resume", "load") and (new := getattr(args, name)) != old:
             change = f"--{name.replace('_', '-')} is {new}, it was {old}"
-            if name in ("task", "model", "seed", "batch_size", "group_size"):
+            if re.fullmatch(f"task|model|seed|batch_size|group_size|{counts}", name):
                 fail(f"{change}; that is another run than {path}")
             say(change)
     if args.resume and data["stage"] > 2 and args.total_episodes > data["args"]["total_episodes"]:
@@ -1876,8 +1877,7 @@ class Run:
         if self.stage == 1 and self.args.ref_model:  # else the reference has the same weights
             rest = (*rest, "policy")
         rest = [name for name in rest if name not in self.frozen]
-        models = {name: getattr(self.agent, name) for name in (*learn, *rest)}
-        models = {name: own_weights(model) for name, model in models.items() if model}
+        models = {x: own_weights(y) for x in (*learn, *rest) if (y := getattr(self.agent, x))}
         for name in models.keys() & rest:
             self.write(f"{name}.pt", models[name])
             self.frozen[name] = digest(self.folder / f"{name}.pt") if self.rank == 0 else ""

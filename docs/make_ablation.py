@@ -90,6 +90,10 @@ k3 as `approx_kl`, for which Baselines has k2 ([C12](details.md#c12)), no number
 [X3](details.md#x3) and [X5](details.md#x5) are off.
 """
 
+CURVES = """Means over seeds. Black: the unchanged script. Coloured: of those whose interval at the
+end leaves out zero, or of whose area it is said below that it is lower or higher, the five with the
+largest difference at the end. Grey: all others."""
+
 
 class Score(NamedTuple):
     """Of a run."""
@@ -528,8 +532,7 @@ def page(all_of_it: list[tuple]) -> str:
         lines += ["", "## All of them", "", *summary(all_of_it)]
         lines += ["![the same as a picture](results/ablation/effects.png)", ""]
         lines += ["![curves](results/ablation/curves.png)", ""]
-        lines += ["Means over seeds. Black: the unchanged script. Coloured: the strongest five of"]
-        lines += ["those whose interval at the end leaves out zero. Grey: all others."]
+        lines += [CURVES]
     lines += ["", "## One by one", ""]
     for pair in sorted(all_of_it, key=lambda pair: by_tag(pair[0].detail)):
         lines += section(*pair)
@@ -587,7 +590,7 @@ def curves(all_of_it: list[tuple], path: Path):
         axes.axis("off")
     for axes, task in zip(panels.flat, tasks, strict=False):
         of_task = [(a, x) for a, found in all_of_it for x in found if x and x.task == task]
-        strong = [pair for pair in of_task if effect(pair[1]) in ("lower", "higher")]
+        strong = [(a, x) for a, x in of_task if effect(x) in ("lower", "higher") or x.sure[1]]
         strong = sorted(strong, key=lambda pair: -abs(pair[1].end.difference))[:5]
         steps = np.arange(1, WINDOWS + 1) * ablate.TASKS[task].steps / WINDOWS
         for ablation, _ in of_task:

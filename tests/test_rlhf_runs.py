@@ -577,6 +577,27 @@ def test_resume_of_another_run(flag, was, finished, capsys):
     assert line == f"error: {change}; that is another run than {finished.folder}/checkpoint.pt"
 
 
+@pytest.mark.parametrize(
+    "stage, flags",
+    [
+        ("sft", ["--sft-texts=9", "--sft-batch-size=3"]),
+        ("rm", ["--rm-pairs=9", "--rm-batch-size=3"]),
+    ],
+)
+def test_resume_counts_steps_as_before(stage, flags, monkeypatch, capsys):
+    """What a step or a pass of the stage under way has is as it was; of other stages it is free."""
+    with monkeypatch.context() as patch:
+        during(patch, stage, 2, lambda run: signal.raise_signal(signal.SIGINT))
+        run = train(stages="sft,rm")
+    capsys.readouterr()
+    for flag in flags:
+        line = error_line(capsys, parse, "--resume", run.folder, flag)
+        assert line.startswith(f"error: {flag.replace('=', ' is ')}, it was ")
+        assert line.endswith(f"; that is another run than {run.folder}/checkpoint.pt")
+    other = {"sft": "rm", "rm": "sft"}[stage]
+    parse("--resume", run.folder, f"--{other}-batch-size=3", f"--{stage}-epochs=3")
+
+
 def stopped_in_ppo(monkeypatch, **changes):
     """A run that was stopped after its second iteration of four."""
     with monkeypatch.context() as patch:
