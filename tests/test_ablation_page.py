@@ -63,6 +63,20 @@ def test_what_is_learned_of_pong_by_hand(monkeypatch, tmp_path):
     assert make_ablation.pong(100) == pytest.approx(6 / 32**0.5)
 
 
+def test_what_the_pilot_says():
+    """Of two games that they do not rise, but for the first games of Krull, the short ones."""
+    curves = {
+        task: [make_ablation.windows(task, x, EPISODE) for x in runs.values()]
+        for task in ("Pilot-Boxing", "Pilot-Krull")
+        if (runs := make_ablation.runs_of(task, PLAIN))
+    }
+    assert {task: len(x) for task, x in curves.items()} == {"Pilot-Boxing": 2, "Pilot-Krull": 2}
+    assert all(curve[-5:].mean() < curve[:5].mean() + 1 for curve in curves["Pilot-Boxing"])
+    for curve in curves["Pilot-Krull"]:
+        assert curve[-5:].mean() == pytest.approx(curve[5:10].mean(), rel=0.1)
+    assert make_ablation.learned(make_ablation.scores("UpNDown")) > 5
+
+
 def run_of(*pairs, name=EPISODE):
     """What is kept of a run: pairs of steps and values."""
     return {name: np.array(pairs, float).T}
