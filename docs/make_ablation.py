@@ -49,12 +49,12 @@ may be needed elsewhere.
 {tasks}
 
 For A1 to A9 a game was wanted on which the script moves, as `learned` has it, by five deviations
-within 500,000 steps. Breakout moves by {breakout}, so only large effects show on it. Pong, of which
+within 500,000 steps. None that was tried is known to. Breakout moves by {breakout}. Pong, of which
 [four runs](results) are kept, two seeds in both precisions, has moved by {pong} at 200,000 steps,
-and by {pong_late} at 500,000. Four more games were tried, `Pilot` in the table, with two seeds,
-whose deviation says little. Boxing stays where it begins, and Krull where it is after a tenth of
-the steps, when not only short games have ended. UpNDown rises at once. So A1 to A9 have a second
-game, UpNDown, of 50,000 steps, at which it has moved by {upndown}.
+and by {pong_late} at 500,000. Four more games, `Pilot` in the table, have two seeds at most, whose
+deviation says little: Boxing stays where it begins, and Krull where it is after a tenth of the
+steps, when not only short games have ended. UpNDown rises at once, so A1 to A9 have it as a second
+game, of 50,000 steps, at which it has moved by {upndown}. On both only large effects show.
 
 - **end**: the mean return of the episodes that ended in the last tenth of the steps, of ppo_rlhf.py
   the true reward of 512 texts after it; in brackets the lowest and the highest seed. A run that

@@ -74,7 +74,8 @@ def test_what_the_pilot_says():
     assert all(curve[-5:].mean() < curve[:5].mean() + 1 for curve in curves["Pilot-Boxing"])
     for curve in curves["Pilot-Krull"]:
         assert curve[-5:].mean() == pytest.approx(curve[5:10].mean(), rel=0.1)
-    assert make_ablation.learned(make_ablation.scores("UpNDown")) > 5
+    moved = {x: make_ablation.learned(make_ablation.scores(x)) for x in ("Breakout", "UpNDown")}
+    assert moved["Breakout"] < moved["UpNDown"] < 5  # none is known
 
 
 def run_of(*pairs, name=EPISODE):
