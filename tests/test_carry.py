@@ -37,6 +37,7 @@ def test_a_section_where_change_and_difference_meet_is_left_out():
     assert left_out == ["Training"]
 
 
+@pytest.mark.slow
 def test_a_function_that_was_the_same_is_replaced_in_rlhf():
     line = "    advantages = rewards + gamma * next_values - values\n"
     after, _ = carry.carry_functions(TEXTS["rlhf"], *changed(line, line + "    more = 1\n"))
