@@ -17,6 +17,7 @@ from make_ablation import (
     direction,
     effect,
     percent,
+    runs_of,
     sentence,
     welch,
 )
@@ -66,9 +67,8 @@ def test_what_is_learned_of_pong_by_hand(monkeypatch, tmp_path):
 def test_what_the_pilot_says():
     """Of two games that they do not rise, but for the first games of Krull, the short ones."""
     curves = {
-        task: [make_ablation.windows(task, x, EPISODE) for x in runs.values()]
+        task: [make_ablation.windows(task, x, EPISODE) for x in runs_of(task, PLAIN).values()]
         for task in ("Pilot-Boxing", "Pilot-Krull")
-        if (runs := make_ablation.runs_of(task, PLAIN))
     }
     assert {task: len(x) for task, x in curves.items()} == {"Pilot-Boxing": 2, "Pilot-Krull": 2}
     assert all(curve[-5:].mean() < curve[:5].mean() + 1 for curve in curves["Pilot-Boxing"])
@@ -318,6 +318,10 @@ def test_table_and_pictures_are_of_what_is_known(kept, tmp_path, monkeypatch):
     assert [list(line.get_xdata()) for line in interval] == [pytest.approx(ends)]
     assert curves.lines[-1].get_ydata() == pytest.approx([1] * 25 + [1] * 24 + [2.5])
     assert [x.get_text() for x in curves.get_legend().get_texts()] == ["C3: C3"]
+    over_all = {"end": Difference(1.1, 2.5, -1.4, 9.0), "sure": (False, True)}
+    everything[0][1][0] = everything[0][1][0]._replace(**over_all)
+    make_ablation.curves(everything, tmp_path / "c.png")  # its end is open, its area is not
+    assert [x.get_text() for x in drawn[2].axes[0].get_legend().get_texts()] == ["C3: C3"]
 
 
 def test_what_the_page_on_ppo_says_of_the_two_clips():
